@@ -6,7 +6,7 @@ Docs: https://dicomcam.github.io/dicomcam/train.html.md"""
 
 # %% auto #0
 __all__ = ['label_table', 'patient_ids', 'patient_split', 'dicom_block', 'dicom_dls', 'split_counts', 'dicom_learner',
-           'default_recipe', 'save_model', 'load_model', 'demo_learner']
+           'default_recipe', 'save_model', 'load_model', 'train_learner', 'demo_learner']
 
 # %% ../nbs/03_train.ipynb #32a1847c
 import hashlib, json, operator, os
@@ -213,22 +213,34 @@ def load_model(
     learn.model.eval()
     return learn
 
-# %% ../nbs/03_train.ipynb #cef74018
+# %% ../nbs/03_train.ipynb #9e94c36a
+def train_learner(
+    path,    # Labelled folder, as for `dicom_dls`
+    seed=42, # Seed of the split, of the weights at the start and of the order of the images
+    fit=True, # False: as it is before training
+    **recipe # Instead of parts of `default_recipe()`: arch, size, bs, epochs, lr
+) -> Learner:
+    "All of the above: seed, dataloaders by patient, network, `fit_flat_cos`. On a CPU the same seed gives the same weights."
+    r = {**default_recipe(), **recipe}
+    set_seed(seed, reproducible=True)
+    learn = dicom_learner(dicom_dls(path, size=r['size'], bs=r['bs'], seed=seed), getattr(xresnet, r['arch']))
+    if fit: learn.fit_flat_cos(r['epochs'], r['lr'])
+    return learn
+
+# %% ../nbs/03_train.ipynb #acfd412c
 def demo_learner(
     path,         # Labelled folder, as for `dicom_dls`
     fn=None,      # Model file; None: one in dicomcam's cache that is particular to folder, labels and recipe
-    seed=42,      # Seed of the split, of the weights at the start and of the order of the images
-    **recipe      # Instead of parts of `default_recipe()`: arch, size, bs, epochs, lr
+    seed=42,      # As for `train_learner`
+    **recipe      # As for `train_learner`
 ) -> Learner:
-    "The classifier of the lessons and of `dicomcam demo`: loaded if it was trained before, else trained and saved."
-    r = {**default_recipe(), **recipe}
-    set_seed(seed, reproducible=True)
-    dls = dicom_dls(path, size=r['size'], bs=r['bs'], seed=seed)
+    "The classifier of the lessons: loaded if it was trained before, else trained and saved."
     if fn is None:
-        key = json.dumps([r, seed, [[o.stat().st_size, o.name] for o in dls.table.file], dls.table.label.tolist(), version('dicomcam')], sort_keys=True)
+        table = label_table(path, by=None)
+        key = json.dumps([version('dicomcam'), default_recipe(), recipe, seed, [[o.name, o.stat().st_size] for o in table.file], table.label.tolist()])
         fn = xdg_cache_home()/'dicomcam'/'models'/f'{Path(path).name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.safetensors'
-    if Path(fn).is_file(): return load_model(fn, dls)
-    learn = dicom_learner(dls, getattr(xresnet, r['arch']))
-    learn.fit_flat_cos(r['epochs'], r['lr'])
+    known = Path(fn).is_file()
+    learn = train_learner(path, seed, fit=not known, **recipe)
+    if known: return load_model(fn, learn.dls)
     save_model(learn, fn)
     return learn

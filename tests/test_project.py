@@ -1,0 +1,73 @@
+"What holds the project together: README and modules in step with the notebooks, light imports, a complete wheel."
+import importlib, os, subprocess, sys, tomllib
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+
+root = Path(__file__).resolve().parent.parent
+env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}
+
+def run(*args, **kw): return subprocess.run(args, capture_output=True, text=True, cwd=root, env=env, **kw)
+
+def test_readme_is_the_index_notebook():
+    r = run(sys.executable, 'tools/readme.py', '--check')
+    assert r.returncode == 0, r.stderr
+
+def test_modules_are_the_notebooks(tmp_path):
+    "Exporting the notebooks again gives the modules as they are"
+    import shutil
+    for o in ('nbs', 'dicomcam', 'pyproject.toml', 'settings.ini', 'setup.py', 'README.md'):
+        (shutil.copytree if (root/o).is_dir() else shutil.copy)(root/o, tmp_path/o)
+    subprocess.run(['nbdev-export'], cwd=tmp_path, env=env, check=True, capture_output=True)
+    for o in sorted((root/'dicomcam').glob('*.py')):
+        assert (tmp_path/'dicomcam'/o.name).read_text() == o.read_text(), f'{o.name} is out of step: run nbdev-export'
+
+def test_notebooks_are_clean(tmp_path):
+    "nbdev-clean has nothing to clean"
+    import shutil
+    for o in sorted((root/'nbs').glob('*.ipynb')):
+        copy = tmp_path/o.name
+        shutil.copy(o, copy)
+        run('nbdev-clean', '--fname', str(copy), check=True)
+        assert copy.read_text() == o.read_text(), f'{o.name}: run nbdev-clean'
+
+def test_notebooks_are_light():
+    for o in sorted((root/'nbs').glob('*.ipynb')): assert o.stat().st_size < 2e6, f'{o.name} is over 2 MB'
+
+@pytest.mark.parametrize('module', ['dicomcam', 'dicomcam.data', 'dicomcam.dicom', 'dicomcam.summary', 'dicomcam.cli'])
+def test_imports_without_fastai(module):
+    code = f'import sys, {module}; sys.exit(bool({{"fastai", "torch"}} & set(sys.modules)))'
+    assert run(sys.executable, '-c', code).returncode == 0
+
+def test_help_needs_no_fastai():
+    r = run(sys.executable, '-X', 'importtime', '-m', 'dicomcam', '--help')
+    assert 'torch' not in r.stderr and 'fastai' not in r.stderr
+
+def test_version_is_one():
+    import dicomcam
+    from importlib.metadata import version
+    assert dicomcam.__version__ == version('dicomcam')
+
+def test_every_public_name_in_all():
+    "`from dicomcam.all import *` gives what every module exports"
+    import dicomcam.all as a
+    names = [o.stem for o in (root/'dicomcam').glob('*.py') if not o.stem.startswith('_') and o.stem not in ('all', 'cli')]
+    for o in names:
+        for k in importlib.import_module(f'dicomcam.{o}').__all__: assert hasattr(a, k), f'{o}.{k}'
+
+def test_wheel_and_sdist(tmp_path):
+    "The sdist builds, the wheel builds from it, and it has the requirements, the command and nbdev's entry point"
+    pytest.importorskip('build', reason='needs the package build')
+    r = run(sys.executable, '-m', 'build', '--outdir', str(tmp_path), '.')
+    assert r.returncode == 0, r.stdout+r.stderr
+    import zipfile
+    with zipfile.ZipFile(next(tmp_path.glob('*.whl'))) as z:
+        read = lambda end: z.read(next(o for o in z.namelist() if o.endswith(end))).decode()
+        meta, entry = read('METADATA'), read('entry_points.txt')
+    cfg = ConfigParser(delimiters=['='])
+    cfg.read(root/'settings.ini')
+    for o in cfg['DEFAULT']['requirements'].split(): assert f'Requires-Dist: {o}' in meta, o
+    assert 'dicomcam = dicomcam.cli:main' in entry and 'dicomcam = dicomcam._modidx:d' in entry
+    assert 'Requires-Python: >=3.11' in meta and 'Provides-Extra: codecs' in meta
+    assert tomllib.loads((root/'pyproject.toml').read_text())['project']['description'] in meta
