@@ -36,6 +36,12 @@ def main(debug):
     Example: dicomcam demo
     """
 
+# %% ../nbs/09_cli.ipynb #34b3b10e
+def _log_lines():
+    "Without a terminal, fastai's training prints a line an epoch and draws no bar."
+    from fastprogress import fastprogress
+    if not sys.stdout.isatty(): fastprogress.NO_BAR, fastprogress.ConsoleProgressBar.fill = True, ' '
+
 # %% ../nbs/09_cli.ipynb #a44d608a
 @contextmanager
 def _step(seconds, name, text):
@@ -88,7 +94,7 @@ def _heatmaps(learn, data, out):
         res['pointing_game'] = {k: dict(value=r['mean'], low=r['low'], high=r['high'], n=int(r['n'])) for k, r in game.iterrows()}
     return res
 
-# %% ../nbs/09_cli.ipynb #5964d8ef
+# %% ../nbs/09_cli.ipynb #1a8bc956
 def run_demo(
     data='phantom', # As for `get_data`: 'phantom', 'siim' or a folder
     out='demo',     # Folder for the results
@@ -97,7 +103,8 @@ def run_demo(
 ) -> dict:          # What `metrics.json` holds
     "Summary, classifier, figures and heatmaps of one folder. Writes summary.csv, model.safetensors, metrics.json and heatmaps/*.png."
     from dicomcam.data import get_data, phantom
-    out, secs = Path(out), {}
+    _log_lines()
+    out, secs, start = Path(out), {}, time.time()
     with _step(secs, 'data', 'Getting the X-rays ...'): data = phantom(seed=seed) if data == 'phantom' else get_data(data)
     from dicomcam.interpret import evaluate
     from dicomcam.summary import summarize
@@ -113,12 +120,13 @@ def run_demo(
     with _step(secs, 'evaluate', 'Evaluating ...'): metrics = evaluate(learn)
     with _step(secs, 'heatmaps', 'Drawing heatmaps of the stage before the last ...'): heat = _heatmaps(learn, data, out/'heatmaps')
     counts = {f'{side}, {label}': dict(row) for (side, label), row in split_counts(learn.dls).astype(object).iterrows()}
+    secs['total'] = round(time.time()-start, 1)
     metrics = dict(data=data.name, seed=seed, recipe=r, split=counts, **metrics, heatmaps=heat, seconds=secs)
     if 'pointing_game' in heat: metrics['pointing_game'] = heat['pointing_game'][heat['method']]['value']
-    (out/'metrics.json').write_text(json.dumps(metrics, indent=2))
+    (out/'metrics.json').write_text(json.dumps(metrics, indent=2).replace('NaN', 'null'))
     return metrics
 
-# %% ../nbs/09_cli.ipynb #4ff4937d
+# %% ../nbs/09_cli.ipynb #0607ccc9
 @main.command()
 @click.option('--data', default='phantom', show_default=True, help='phantom, siim, or a folder with train/<label>/*.dcm and labels.csv.')
 @click.option('--out', default='demo', show_default=True, help='Folder for the results.')
@@ -135,4 +143,4 @@ def demo(data, out, seed, **recipe):
     m = run_demo(data, out, seed, **{k: v for k, v in recipe.items() if v is not None})
     for k in 'accuracy', 'auc', 'sensitivity', 'specificity': click.echo(f'{k:12} {m[k]["value"]:.2f}  (95 % interval {m[k]["low"]:.2f} to {m[k]["high"]:.2f})')
     if 'pointing_game' in m: click.echo(f'{"pointing":12} {m["pointing_game"]:.2f}  (brightest pixel in the lesion, of the lesions that were found)')
-    click.echo(f'{sum(m["seconds"].values()):.0f} seconds. Results in {out}: summary.csv, model.safetensors, metrics.json, heatmaps/')
+    click.echo(f'{m["seconds"]["total"]:.0f} seconds. Results in {out}: summary.csv, model.safetensors, metrics.json, heatmaps/')

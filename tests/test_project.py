@@ -1,5 +1,5 @@
 "What holds the project together: README and modules in step with the notebooks, light imports, a complete wheel."
-import importlib, os, subprocess, sys, tomllib
+import importlib, os, shutil, subprocess, sys, tomllib
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -7,6 +7,8 @@ import pytest
 
 root = Path(__file__).resolve().parent.parent
 env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}
+
+bin = Path(sys.executable).parent # where this environment's commands are
 
 def run(*args, **kw): return subprocess.run(args, capture_output=True, text=True, cwd=root, env=env, **kw)
 
@@ -16,20 +18,18 @@ def test_readme_is_the_index_notebook():
 
 def test_modules_are_the_notebooks(tmp_path):
     "Exporting the notebooks again gives the modules as they are"
-    import shutil
     for o in ('nbs', 'dicomcam', 'pyproject.toml', 'settings.ini', 'setup.py', 'README.md'):
         (shutil.copytree if (root/o).is_dir() else shutil.copy)(root/o, tmp_path/o)
-    subprocess.run(['nbdev-export'], cwd=tmp_path, env=env, check=True, capture_output=True)
+    subprocess.run([bin/'nbdev-export'], cwd=tmp_path, env=env, check=True, capture_output=True)
     for o in sorted((root/'dicomcam').glob('*.py')):
         assert (tmp_path/'dicomcam'/o.name).read_text() == o.read_text(), f'{o.name} is out of step: run nbdev-export'
 
 def test_notebooks_are_clean(tmp_path):
     "nbdev-clean has nothing to clean"
-    import shutil
     for o in sorted((root/'nbs').glob('*.ipynb')):
         copy = tmp_path/o.name
         shutil.copy(o, copy)
-        run('nbdev-clean', '--fname', str(copy), check=True)
+        run(bin/'nbdev-clean', '--fname', str(copy), check=True)
         assert copy.read_text() == o.read_text(), f'{o.name}: run nbdev-clean'
 
 def test_notebooks_are_light():
