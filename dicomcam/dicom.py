@@ -6,8 +6,8 @@ Docs: https://dicomcam.github.io/dicomcam/dicom.html.md"""
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'DECODER_DEPENDENCIES', 'PLUGINS', 'DicomError', 'is_dicom', 'read_dicom', 'transfer_syntax',
-           'pixel_options', 'is_available', 'stored_pixels', 'grey_header', 'modality', 'voi', 'levels', 'dicom_pixels',
-           'PILDicom', 'TensorDicom']
+           'pixel_options', 'is_available', 'stored_pixels', 'grey_header', 'modality', 'voi', 'levels', 'level_counts',
+           'dicom_pixels', 'PILDicom', 'TensorDicom']
 
 # %% ../nbs/01_dicom.ipynb #b36d4f7c
 import io, re, stat, struct, zlib
@@ -31,7 +31,9 @@ MAX_PIXELS = 10**8 # most values (rows x columns x samples) of one frame that ar
 class DicomError(ValueError):
     "A file that cannot be read or decoded: the message names the file, what is wrong with it, and the cure where there is one"
 
-# %% ../nbs/01_dicom.ipynb #28dc9630
+# %% ../nbs/01_dicom.ipynb #e5039689
+_STOP = KeyboardInterrupt, SystemExit, GeneratorExit # not errors; a panic of a decoder written in Rust is one, though no `Exception`
+
 @contextmanager
 def _dicom_errors(
     name, # what the message calls the file
@@ -41,7 +43,8 @@ def _dicom_errors(
     try: yield
     except DicomError as e: raise e if f'{e}'.startswith(name) else DicomError(f'{name}: cannot be {doing}: {e}') from e.__cause__
     except MemoryError: raise DicomError(f'{name}: cannot be {doing}: it needs more memory than there is') from None
-    except Exception as e: raise DicomError(f'{name}: cannot be {doing}: {_one_line(e)}') from e
+    except _STOP: raise
+    except BaseException as e: raise DicomError(f'{name}: cannot be {doing}: {_one_line(e)}') from e
 
 def _one_line(e): return ' '.join(f'{e}'.split())[:300] or type(e).__name__
 
@@ -90,11 +93,11 @@ def read_dicom(
         if not stat.S_ISREG(st.st_mode): raise DicomError(f'{name}: is not a regular file')
         with open(src, 'rb') as f: return _read(f, name, pixels, max_pixels)
 
-# %% ../nbs/01_dicom.ipynb #b6d06701
+# %% ../nbs/01_dicom.ipynb #3140b1b4
 def _read(f, name, pixels, max_pixels):
     "Read the open file `f`: checks first, then pydicom"
     with _dicom_errors(name):
-        head = f.read(1024)
+        head = f.read(1<<16)
         f.seek(0)
         if not head: raise DicomError(f'{name}: is empty')
         if not is_dicom(head): raise DicomError(f'{name}: is not a DICOM file')
@@ -105,13 +108,13 @@ def _read(f, name, pixels, max_pixels):
         ds.filename = name
         return ds
 
-# %% ../nbs/01_dicom.ipynb #842132cf
+# %% ../nbs/01_dicom.ipynb #4dcbc7cc
 def transfer_syntax(
     ds:Dataset,
 ) -> uid.UID:
     "How the pixel data is encoded (PS3.5 section 10); where the file does not say, what its elements were read as"
     ts = getattr(ds, 'file_meta', {}).get('TransferSyntaxUID')
-    if ts: return uid.UID(ts)
+    if ts: return uid.UID(str(ts))
     implicit, little = ds.original_encoding
     return uid.ImplicitVRLittleEndian if implicit else uid.ExplicitVRBigEndian if little is False else uid.ExplicitVRLittleEndian
 
@@ -172,20 +175,20 @@ def _cure(ts):
     missing = [o.split('requires ')[-1] for o in d.missing_dependencies if 'libjpeg' not in o and 'gdcm' not in o]
     return f'; it needs {missing[0]}' if missing else ''
 
-# %% ../nbs/01_dicom.ipynb #46142d4c
-def _coded_size(src):
-    "(rows, columns) that a codestream claims in its JPEG or JPEG-LS frame header or its JPEG 2000 SIZ segment; None if it has neither"
-    if (i := src.find(b'\xff\x4f\xff\x51', 0, 4096))>=0:
-        x,y,x0,y0 = struct.unpack_from('>4I', src, i+8)
-        return y-y0, x-x0
+# %% ../nbs/01_dicom.ipynb #4c152bc2
+def _coded_shape(src):
+    "(rows, columns, samples) that a codestream claims: JPEG or JPEG-LS in its frame header, JPEG 2000 in its SIZ segment; None if neither"
     i = 2
-    while src[:2]==b'\xff\xd8' and i+9<len(src):
+    while src[:2]==b'\xff\xd8' and i+10<=len(src):
         marker,n = struct.unpack_from('>HH', src, i)
-        if marker==0xfff7 or 0xffc0<=marker<=0xffcf and marker not in (0xffc4, 0xffc8, 0xffcc): return struct.unpack_from('>HH', src, i+5)
+        if marker==0xfff7 or 0xffc0<=marker<=0xffcf and marker not in (0xffc4, 0xffc8, 0xffcc): return struct.unpack_from('>HHB', src, i+5)
         i += n+2 if marker!=0xffff else 1
+    if (i := src.find(b'\xff\x4f\xff\x51', 0, 4096))>=0 and len(src)>=i+42:
+        x,y,x0,y0 = struct.unpack_from('>4I', src, i+8)
+        return y-y0, x-x0, struct.unpack_from('>H', src, i+40)[0]
 
-# %% ../nbs/01_dicom.ipynb #be83459d
-PLUGINS = 'pylibjpeg', 'pyjpegls', 'pillow', 'imagecodecs' # decoders, the preferred first; others only where there is none of these
+# %% ../nbs/01_dicom.ipynb #f5f7adef
+PLUGINS = 'pylibjpeg', 'pyjpegls', 'pillow', 'imagecodecs', 'pydicom' # decoders, the preferred first; others only where there is none of these
 
 def stored_pixels(
     ds:Dataset, # a dataset with pixel data
@@ -195,26 +198,30 @@ def stored_pixels(
 ) -> np.ndarray: # (h,w) stored values or (h,w,3) RGB
     "Decode one frame: the values as stored, in their own integer or float type; YBR becomes RGB. Raises `DicomError`"
     name, ts = _name(ds), transfer_syntax(ds)
-    if not any(k in ds for k in ('PixelData','FloatPixelData','DoubleFloatPixelData')):
-        raise DicomError(f'{name}: has no pixel data: not an image, or cut off')
+    kw = next((k for k in ('PixelData','FloatPixelData','DoubleFloatPixelData') if k in ds), None)
+    if not kw: raise DicomError(f'{name}: has no pixel data: not an image, or cut off')
     with _dicom_errors(name, f'decoded ({ts.name}{_cure(ts)})'):
         o = pixel_options(ds, max_pixels)
         if not 0<=frame<o['number_of_frames']: raise DicomError(f'there is no frame {frame} among its {o["number_of_frames"]}')
         d = get_decoder(ts)
-        if ts.is_encapsulated: src = _coded_frame(ds, o, frame)
+        data = ds[kw].value
+        if ts.is_encapsulated: src = _coded_frame(data, o, frame)
         if size and ts==uid.JPEGBaseline8Bit and o['samples_per_pixel']==1: return _reduced_jpeg(src, size)
         plugins = [p for p in PLUGINS if p in d.available_plugins] or ['']
         for p in plugins:
-            try: return d.as_array(ds, index=frame, decoding_plugin=p, **o)[0]
-            except Exception:
+            try: return d.as_array(data, index=frame, decoding_plugin=p, pixel_keyword=kw, pixel_vr=ds[kw].VR, **o)[0]
+            except _STOP: raise
+            except BaseException:
                 if p==plugins[-1]: raise
 
-# %% ../nbs/01_dicom.ipynb #062bbfe4
-def _coded_frame(ds, o, frame):
+# %% ../nbs/01_dicom.ipynb #9c996442
+def _by(shape): return '{} x {} x {}'.format(*shape)
+
+def _coded_frame(data, o, frame):
     "The compressed bytes of one frame, of the size that the header says"
-    src = get_frame(ds.PixelData, frame, number_of_frames=o['number_of_frames'], extended_offsets=o.get('extended_offsets'))
-    if (hw := _coded_size(src)) and hw != (o['rows'], o['columns']):
-        raise DicomError('its codestream is {} x {}, its header says {} x {}'.format(*hw, o['rows'], o['columns']))
+    src = get_frame(data, frame, number_of_frames=o['number_of_frames'], extended_offsets=o.get('extended_offsets'))
+    shape, claimed = _coded_shape(src), (o['rows'], o['columns'], o['samples_per_pixel'])
+    if shape and shape[0] and shape != claimed: raise DicomError(f'its codestream is {_by(shape)}, its header says {_by(claimed)}')
     return src
 
 # %% ../nbs/01_dicom.ipynb #fb9930be
@@ -225,9 +232,9 @@ def _reduced_jpeg(src, size):
     im.draft('L', (w,h))
     return np.asarray(im)
 
-# %% ../nbs/01_dicom.ipynb #b28d6abc
+# %% ../nbs/01_dicom.ipynb #a7acad1c
 _GREY = ('RescaleSlope', 'RescaleIntercept', 'ModalityLUTSequence', 'VOILUTSequence', 'WindowCenter', 'WindowWidth', 'VOILUTFunction',
-         'PresentationLUTShape', 'PixelPaddingValue', 'PixelPaddingRangeLimit')
+         'PresentationLUTShape', 'PixelPaddingValue', 'FloatPixelPaddingValue', 'DoubleFloatPixelPaddingValue', 'PixelPaddingRangeLimit')
 
 def grey_header(
     ds:Dataset,
@@ -238,7 +245,7 @@ def grey_header(
     for k,i in ('SharedFunctionalGroupsSequence',0), ('PerFrameFunctionalGroupsSequence',frame):
         groups = ds.get(k) or []
         if i<len(groups): items += [o for s in ('PixelValueTransformationSequence','FrameVOILUTSequence') for o in (groups[i].get(s) or [])[:1]]
-    return {k:v for o in items for k in _GREY if (v := o.get(k)) is not None}
+    return {k:v for o in items for k in _GREY if (v := _get(o, k)) not in (None, '')}
 
 # %% ../nbs/01_dicom.ipynb #59394978
 def _lookup(x, descriptor, data, little=True):
@@ -288,13 +295,13 @@ def _percentiles(x, n, qs=(.5, 99.5)):
     if lo==hi: lo,hi = x[n>0].min(), x[n>0].max()
     return lo,hi
 
-# %% ../nbs/01_dicom.ipynb #76f7f614
+# %% ../nbs/01_dicom.ipynb #4acdc876
 def voi(
     x:np.ndarray, # values in modality units
     ds:Dataset,
     frame:int=0,
     window=None, # (width, level) in modality units, or which of the file's alternatives to take: an int, from 0
-    counts=None, # how often each value of `x` occurs: for the percentile rule
+    counts=None, # a function that tells how often each value of `x` occurs, for the percentile rule; None: once
 ) -> np.ndarray: # float64 in [0,1]
     """The values of interest (PS3.3 C.11.2): the file's VOI LUT, else its window, else, for 8 bits or fewer without modality transform,
     the whole range, else what lies between the 0.5th and the 99.5th percentile"""
@@ -302,13 +309,14 @@ def voi(
     if isinstance(window, (tuple,list)): return _window(x, *window)
     i, luts = window or 0, h.get('VOILUTSequence') or []
     if i<len(luts) and 'LUTData' in luts[i]:
-        return _lookup(x, luts[i].LUTDescriptor, luts[i].LUTData, _little(ds)) / (2.**int(luts[i].LUTDescriptor[2])-1)
+        y = _lookup(x, luts[i].LUTDescriptor, luts[i].LUTData, _little(ds))
+        return np.clip(y/(2.**int(luts[i].LUTDescriptor[2])-1), 0, 1)
     if w := _file_window(h, i): return _window(x, *w)
     if window is not None: raise DicomError(f'{_name(ds)}: has no window {window}')
     bits = ds.get('BitsStored') or ds.get('BitsAllocated') or 16
     if bits<=8 and not ds.get('PixelRepresentation') and not {'RescaleSlope','RescaleIntercept','ModalityLUTSequence'} & h.keys():
         return np.clip(x/(2**bits-1), 0, 1)
-    lo,hi = _percentiles(x, np.ones(x.shape, int) if counts is None else counts)
+    lo,hi = _percentiles(x, counts() if counts else np.ones(x.shape, int))
     return np.clip((x-lo)/((hi-lo) or 1), 0, 1)
 
 # %% ../nbs/01_dicom.ipynb #cd6ce979
@@ -323,23 +331,35 @@ def levels(
     values,index = np.unique(x, return_inverse=True)
     return values, index.reshape(x.shape)
 
-# %% ../nbs/01_dicom.ipynb #798639bd
+# %% ../nbs/01_dicom.ipynb #91098d0d
+def level_counts(
+    x:np.ndarray,
+) -> tuple: # (values, how often each occurs), values ascending and all occurring
+    "The histogram of `x`, exact, one bin a grey level"
+    values,index = levels(x)
+    if x.dtype==np.uint8 and x.size%2==0: # two pixels at a time: half the work
+        pairs = np.bincount(np.ascontiguousarray(x).reshape(-1).view(np.uint16), minlength=1<<16).reshape(256, 256)
+        n = pairs.sum(0) + pairs.sum(1)
+    else: n = np.bincount(index.ravel(), minlength=len(values))
+    return values[n>0], n[n>0]
+
+# %% ../nbs/01_dicom.ipynb #804c179f
 def _padding(values, ds, h):
     "Which stored `values` are padding, no part of the image (PS3.3 C.7.5.1.1.2)"
-    lo = h.get('PixelPaddingValue')
-    if lo is None: return np.zeros(values.shape, bool)
+    lo = next((h[k] for k in h if k.endswith('PixelPaddingValue')), None)
+    if lo is None: return np.isnan(values)
     hi = h.get('PixelPaddingRangeLimit', lo)
     if ds.get('PixelRepresentation'): lo,hi = (o-65536 if o>32767 else o for o in (lo,hi))
     return (values>=min(lo,hi)) & (values<=max(lo,hi))
 
-# %% ../nbs/01_dicom.ipynb #5368cc7f
+# %% ../nbs/01_dicom.ipynb #29e83aba
 def _grey(x, ds, frame, window):
     "Stored values to display values, PS3.3 C.11 in order"
     h = grey_header(ds, frame)
     values,index = levels(x)
     pad = _padding(values, ds, h)
-    n = np.bincount(index.ravel(), minlength=len(values)) * ~pad
-    y = voi(modality(values, ds, frame), ds, frame, window, n)
+    def counts(): return np.bincount(index.ravel(), minlength=len(values)) * ~pad
+    y = voi(modality(values, ds, frame), ds, frame, window, counts)
     mono1 = str(ds.get('PhotometricInterpretation')).strip().upper()=='MONOCHROME1'
     if mono1 or str(h.get('PresentationLUTShape')).strip().upper()=='INVERSE': y = 1-y
     y[pad] = 0
