@@ -9,7 +9,7 @@ __all__ = ['MAX_PIXELS', 'DECODER_DEPENDENCIES', 'PLUGINS', 'DicomError', 'is_di
            'pixel_options', 'is_available', 'stored_pixels', 'grey_header', 'modality', 'voi', 'levels', 'level_counts',
            'dicom_pixels', 'PILDicom', 'TensorDicom']
 
-# %% ../nbs/01_dicom.ipynb #b36d4f7c
+# %% ../nbs/01_dicom.ipynb #faa85700
 import io, re, stat, struct, zlib
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import pydicom
 from PIL import Image
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.encaps import get_frame
-from pydicom.filereader import read_dataset, read_preamble
+from pydicom.filereader import read_dataset, read_partial, read_preamble
 from pydicom.pixels import get_decoder
 from pydicom.pixels.processing import apply_color_lut
 from pydicom import uid
@@ -93,7 +94,7 @@ def read_dicom(
         if not stat.S_ISREG(st.st_mode): raise DicomError(f'{name}: is not a regular file')
         with open(src, 'rb') as f: return _read(f, name, pixels, max_pixels)
 
-# %% ../nbs/01_dicom.ipynb #3140b1b4
+# %% ../nbs/01_dicom.ipynb #e7697f4a
 def _read(f, name, pixels, max_pixels):
     "Read the open file `f`: checks first, then pydicom"
     with _dicom_errors(name):
@@ -104,9 +105,25 @@ def _read(f, name, pixels, max_pixels):
         if uid.DeflatedExplicitVRLittleEndian.encode() in head:
             _check_inflated(f, 2*max_pixels)
         ds = pydicom.dcmread(f, force=True, stop_before_pixels=not pixels)
+        if not len(ds): ds = _read_until_cut(f)
         if not len(ds): raise DicomError(f'{name}: holds no DICOM elements: it is cut off or damaged')
-        ds.filename = name
+        ds.filename, ds.cut_off = name, getattr(ds, 'cut_off', None) or _cut_off(ds)
         return ds
+
+def _cut_off(ds):
+    "The tag of the last element if the file ends before its value does, else None"
+    raw = ds.get_item(next(reversed(ds.keys())))
+    return raw.tag if isinstance(raw, RawDataElement) and len(raw.value or b'')<raw.length<0xffffffff else None
+
+def _read_until_cut(f):
+    "When a file ends inside a sequence or a compressed image, pydicom drops all that it has read: read again, up to that element"
+    tags = []
+    for stop in (lambda tag, *_: tags.append(tag)), (lambda tag, *_: tag==tags[-1]):
+        f.seek(0)
+        ds = read_partial(f, stop, force=True)
+        if not tags: break
+    ds.cut_off = tags[-1] if tags else None
+    return ds
 
 # %% ../nbs/01_dicom.ipynb #4dcbc7cc
 def transfer_syntax(
@@ -187,7 +204,7 @@ def _coded_shape(src):
         x,y,x0,y0 = struct.unpack_from('>4I', src, i+8)
         return y-y0, x-x0, struct.unpack_from('>H', src, i+40)[0]
 
-# %% ../nbs/01_dicom.ipynb #f5f7adef
+# %% ../nbs/01_dicom.ipynb #ae093ca5
 PLUGINS = 'pylibjpeg', 'pyjpegls', 'pillow', 'imagecodecs', 'pydicom' # decoders, the preferred first; others only where there is none of these
 
 def stored_pixels(
@@ -199,7 +216,9 @@ def stored_pixels(
     "Decode one frame: the values as stored, in their own integer or float type; YBR becomes RGB. Raises `DicomError`"
     name, ts = _name(ds), transfer_syntax(ds)
     kw = next((k for k in ('PixelData','FloatPixelData','DoubleFloatPixelData') if k in ds), None)
-    if not kw: raise DicomError(f'{name}: has no pixel data: not an image, or cut off')
+    if not kw:
+        cut = getattr(ds, 'cut_off', None)
+        raise DicomError(f'{name}: has no pixel data: ' + (f'the file is cut off in {cut}' if cut else 'not an image, or cut off'))
     with _dicom_errors(name, f'decoded ({ts.name}{_cure(ts)})'):
         o = pixel_options(ds, max_pixels)
         if not 0<=frame<o['number_of_frames']: raise DicomError(f'there is no frame {frame} among its {o["number_of_frames"]}')

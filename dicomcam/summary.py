@@ -8,7 +8,7 @@ Docs: https://dicomcam.github.io/dicomcam/summary.html.md"""
 __all__ = ['PHI_TAGS', 'MAX_VALUES', 'MAX_TEXT', 'find_dicoms', 'is_phi', 'column_name', 'years', 'header_row', 'pixel_stats',
            'summarize']
 
-# %% ../nbs/02_summary.ipynb #da1f261d
+# %% ../nbs/02_summary.ipynb #192c8f31
 import json, logging, math, os, re, stat, threading, warnings
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -19,7 +19,6 @@ from joblib import Parallel, delayed, effective_n_jobs
 from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.process_executor import BrokenProcessPool
 from pydicom.datadict import keyword_for_tag
-from pydicom.dataelem import RawDataElement
 
 from .dicom import MAX_PIXELS, DicomError, is_dicom, level_counts, modality, pixel_options, read_dicom, stored_pixels, transfer_syntax
 
@@ -135,15 +134,14 @@ def _cells(name, elem, phi):
     if len(vs)>MAX_VALUES: return {f'Multi{name}': 1, name: json.dumps(vs)[:MAX_TEXT]}
     return {f'Multi{name}': 1} | {f'{name}{i or ""}': o for i,o in enumerate(vs)}
 
-# %% ../nbs/02_summary.ipynb #473a1083
+# %% ../nbs/02_summary.ipynb #5ff4f112
 def header_row(
     ds, # a pydicom `Dataset`
     phi:bool=True, # keep what may identify the patient? See `is_phi`
 ) -> tuple: # (dict of columns, list of what could not be read)
     "The elements of a header, pixel data left out, as the cells of a table"
-    row,tags = {}, list(ds.keys())
-    problems = [f'cut off in {tags[-1]}'] if tags and _cut_off(ds.get_item(tags[-1])) else []
-    for tag in tags:
+    row,problems = {}, []
+    for tag in ds.keys():
         if tag.group==0x7fe0 or not phi and is_phi(tag) and tag!=0x00080018: continue
         name = f'({tag.group:04X},{tag.element:04X})'
         try:
@@ -154,8 +152,6 @@ def header_row(
         if cells.keys() & row.keys(): cells = {f'{k} ({tag.group:04X},{tag.element:04X})': v for k,v in cells.items()}
         row |= cells
     return row, problems
-
-def _cut_off(raw): return isinstance(raw, RawDataElement) and len(raw.value or b'')<raw.length<0xffffffff
 
 # %% ../nbs/02_summary.ipynb #b328707c
 def pixel_stats(
@@ -196,7 +192,7 @@ def _count_warnings():
             yield h
     finally: log.removeHandler(h)
 
-# %% ../nbs/02_summary.ipynb #b4cc70cf
+# %% ../nbs/02_summary.ipynb #044f785b
 def _row(fn, pixels, window, phi, max_pixels):
     "The row of one file, whatever happens"
     row,problems = {}, []
@@ -204,6 +200,7 @@ def _row(fn, pixels, window, phi, max_pixels):
         try:
             ds = read_dicom(fn, pixels, max_pixels)
             row,problems = header_row(ds, phi)
+            if ds.cut_off: problems.append(f'the file is cut off in {ds.cut_off}')
             row['transfer_syntax'] = transfer_syntax(ds).name
             if pixels: row |= pixel_stats(ds, window, max_pixels)
         except Exception as e: problems.append(str(e).removeprefix(f'{fn}: '))
