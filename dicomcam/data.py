@@ -56,8 +56,14 @@ def stack(x, lo, hi, depth, p=2):
     u = (2*x-lo-hi)/np.maximum(hi-lo, 1e-3)
     return depth*np.sqrt(np.maximum(0, 1-(u*u)**(p//2)))
 
-# %% ../nbs/00_data.ipynb #774e2616
+# %% ../nbs/00_data.ipynb #23e89167
 def pixels(pts, size): "Points in cm to the 1/16 pixels that OpenCV draws with"; return np.round(((np.asarray(pts)/FIELD+.5)*size-.5)*16).astype(np.int32)
+
+def smooth(pts):
+    "A curve of 60 points that rounds the corners of `pts`"
+    u = np.linspace(0, len(pts)-1, 60)
+    c = np.stack([np.interp(u, range(len(pts)), o) for o in np.asarray(pts, float).T], 1)
+    return cv2.GaussianBlur(c, (1,25), sigmaX=4, borderType=cv2.BORDER_REPLICATE)
 
 def draw(size, lines):
     "Mask (uint8) of `lines`, each (points in cm, radius in cm)"
@@ -75,27 +81,25 @@ def tube(m, r, shell=None):
         t -= 1.5*np.sqrt(np.maximum(0, 2*r*d-d*d))
     return t
 
-# %% ../nbs/00_data.ipynb #f638d6d2
-def tree(rng, side, depth=7):
-    "Vessels of one lung (`side` -1: the patient's right, at the left of the image): a list of (three points in cm, radius), thinnest first"
-    segs = []
-    def grow(p, ang, r, l, d):
-        step, normal = np.array([np.cos(ang), np.sin(ang)]), np.array([-np.sin(ang), np.cos(ang)])
-        q = p+l*step
-        segs.append((np.array([p, (p+q)/2+rng.normal(0,.09)*l*normal, q]), r))
-        if d==0: return
-        spread = rng.uniform(.2,.5)
-        for s in (-1,1): grow(q, ang+s*spread*rng.uniform(.6,1.4), r*rng.uniform(.68,.84), l*rng.uniform(.72,.95), d-1)
-    for ang in np.linspace(-1.45, 1.35, 6):
-        grow(np.array([2.6,-4.2])+rng.normal(0,.5,2), ang+rng.normal(0,.1), rng.uniform(.3,.5), rng.uniform(2.2,3.4), depth)
-    return [(p*[side,1], r) for p,r in sorted(segs, key=lambda o: o[1])]
+# %% ../nbs/00_data.ipynb #5164ffdf
+def tree(rng, side, depth=8):
+    "Vessels of one lung (`side` -1: the patient's right, at the left of the image): points (n,3,2) in cm and radii (n,), thinnest first"
+    ang = np.linspace(-1.45, 1.35, 6)+rng.normal(0, .1, 6)
+    p, r, l, gens = [2.6,-4.2]+rng.normal(0, .5, (6,2)), rng.uniform(.3, .5, 6), rng.uniform(2.2, 3.4, 6), []
+    for _ in range(depth):
+        along = np.stack([np.cos(ang), np.sin(ang)], 1)*l[:,None]
+        q = p+along
+        gens.append((np.stack([p, (p+q)/2+rng.normal(0, .09, (len(p),1))*along[:,::-1]*[-1,1], q], 1)*[side,1], r))
+        fork = np.outer([-1,1], rng.uniform(.2, .5, len(p)))*rng.uniform(.6, 1.4, (2,len(p)))
+        p, ang, r, l = np.tile(q,(2,1)), (ang+fork).ravel(), np.tile(r,2)*rng.uniform(.68,.84,2*len(r)), np.tile(l,2)*rng.uniform(.72,.95,2*len(l))
+    return [np.concatenate(o[::-1]) for o in zip(*gens)]
 
-# %% ../nbs/00_data.ipynb #484b5389
+# %% ../nbs/00_data.ipynb #3ca141fd
 def patient(rng):
     "What stays the same from one film of a patient to the next"
     a = SimpleNamespace(sex=str(rng.choice(['F','M'])), age=int(np.clip(rng.normal(49,19), 6, 89)))
     a.id = str(uuid.UUID(bytes=rng.bytes(16), version=4))
-    a.scale = min(1, .62+a.age*.024)*(.93 if a.sex=='F' else 1.)*rng.normal(1,.03)
+    a.scale = min(1, .84+a.age*.01)*(.95 if a.sex=='F' else 1.)*rng.normal(1,.03)
     a.fat = np.clip(rng.normal(2.4,.9), .8, 5)
     a.width, a.depth = rng.normal(13.4,.5), rng.normal(19.5,1.3)+a.fat*.8
     a.heart, a.knob = rng.normal(1,.07), .8+.008*a.age*rng.uniform(.7,1.3)
@@ -104,10 +108,12 @@ def patient(rng):
     a.density = rng.uniform(.2,.28)
     a.domes = {-1: rng.uniform(6.8,7.8), 1: rng.uniform(8,9)}
     a.bubble, a.curve = rng.uniform(1.2,2.6), rng.normal(0,.25)
+    a.bowel = rng.uniform((-12,15,.8,-1), (13,20,2,1), (rng.integers(0,6),4))
+    a.tissue = rng.normal(0, 1, (128,128)).astype(np.float32)
     a.trees = {s: tree(rng, s) for s in (-1,1)}
     return a
 
-# %% ../nbs/00_data.ipynb #9fcafcd0
+# %% ../nbs/00_data.ipynb #8e8e5ace
 def study(rng, a, ptx=False):
     "Patient `a` before the machine: view, pose, breath, exposure and, where `ptx`, a pneumothorax"
     a = SimpleNamespace(**vars(a))
@@ -120,6 +126,7 @@ def study(rng, a, ptx=False):
     a.exposure, a.contrast, a.photons = rng.normal(0,.22), rng.uniform(.72,1.02), 10**rng.uniform(3.6,4.5)
     a.scatter = rng.uniform(.14,.28) if ap else rng.uniform(.07,.14)
     a.clav, a.scap = rng.uniform(-1,2), rng.uniform(-4.5,-2) if ap else rng.uniform(-.8,1.2)
+    a.shutter = rng.uniform(-.08, .04, 4)
     apical,side = rng.random()<.5, int(rng.choice([-1,1]))
     gap,drop = (rng.uniform(.12,.3), rng.uniform(2.2,6.5)) if apical else (rng.uniform(.16,.42), rng.uniform(1.,3.5))
     a.ptx = SimpleNamespace(side=side, apical=apical, gap=gap, drop=drop) if ptx else None
@@ -133,19 +140,19 @@ def bounds(a, y, top=-15.2):
     med = 5-2.7*np.sqrt(1-(1-np.minimum(v/.22,1))**2)
     return med, lat, v>0
 
-# %% ../nbs/00_data.ipynb #74ceefdb
+# %% ../nbs/00_data.ipynb #fd8b9669
 def torso(a, x, y):
     "Path (cm) through the trunk, neck, shoulders, arms and breasts, as if solid"
     wall = bounds(a, np.maximum(y,-3))[1]+1.6+.5*a.fat
     neck = 4.8+.3*a.fat
-    out = np.interp(y, [-21,-18,-15.5,-13.5,-11.5,-9,-5,21], [neck+.3,neck,neck+1.6,9.5,15.5,19.5,20.5,25]).astype(np.float32)
+    out = np.interp(y, [-21,-18,-15.5,-13.5,-11.5,-9,-5,21], [neck+.3,neck,neck+1.6,9.5,15.5,19.2,20.2,20.9]).astype(np.float32)
     depth = a.depth*np.interp(y, [-21,-15,-11,-5,4,12,21], [.55,.55,.62,.85,1,1,1]).astype(np.float32)
     half = np.minimum(wall, out)
     t = stack(x, -half, half, depth, 4)
     gap = wall+3.2*np.clip((y+2)/18, 0, 1)**.8
     inner = np.interp(y, [-9,-2.5], [0,1]).astype(np.float32)*gap
     for s in (-1,1):
-        t = np.maximum(t, stack(x*s, inner, np.maximum(out,gap+7.5*inner/gap), 9.5*np.interp(y,[-15,-10],[.5,1]).astype(np.float32), 4))
+        t = np.maximum(t, stack(x*s, inner, out, 9.5*np.interp(y,[-15,-10],[.5,1]).astype(np.float32), 4))
         if a.breast: t = t+a.breast*ellipsoid(x, y, (s*8.4,4.2), (6,6.2,1.5))
     return t
 
@@ -181,20 +188,21 @@ def retained(a, x, y):
     gap = p.gap*(np.exp(-(f/.42)**2) if p.apical else 1-.55*f*f)
     return np.where(inside, np.clip((lat-(lat-4)*gap-(x-2*a.rot)*p.side)/.1, 0, 1), 0)
 
-# %% ../nbs/00_data.ipynb #d4eac266
+# %% ../nbs/00_data.ipynb #24f69a46
 def vessels(a, size):
     "Path (cm) through the vessels of both lungs, drawn in to the hilum where the lung has collapsed"
     m,k = np.zeros((size,size), np.float32), size/FIELD
     for s in (-1,1):
-        for p,r in a.trees[s]:
-            if a.ptx and a.ptx.side==s:
-                px, py = s*2+(p[:,0]-s*2)*(1-.6*a.ptx.gap), p[:,1]+4
-                p = np.stack([px, np.where(py<0, py*(1-a.ptx.drop/13), py)-4], 1)
-            w = max(1, round(1.1*r*k))
-            cv2.polylines(m, [pixels(p+[2*a.rot,0], size)], False, float(1.5*r*min(1, 1.1*r*k/w)), w, cv2.LINE_8, 4)
+        p,r = a.trees[s][0].copy(), a.trees[s][1]
+        if a.ptx and a.ptx.side==s:
+            p[...,0] = s*2+(p[...,0]-s*2)*(1-.6*a.ptx.gap)
+            p[...,1] = np.where(p[...,1]<-4, (p[...,1]+4)*(1-a.ptx.drop/13)-4, p[...,1])
+        for q,o in zip(pixels(p+[2*a.rot,0], size), r):
+            w = max(1, round(1.1*o*k))
+            cv2.polylines(m, [q], False, float(1.5*o*min(1, 1.1*o*k/w)), w, cv2.LINE_8, 4)
     return cv2.GaussianBlur(m, (0,0), .05*k+.3)
 
-# %% ../nbs/00_data.ipynb #e73b99e8
+# %% ../nbs/00_data.ipynb #a4e07792
 def airways(a, x, y):
     "Path (cm) through the air in trachea, main bronchi, stomach and colon"
     dx,dome = 2*a.rot+a.curve, a.domes[1]+a.insp*1.3
@@ -202,16 +210,16 @@ def airways(a, x, y):
     for s in (-1,1): t = np.maximum(t, ellipsoid(x, y, (dx+s*1.7,-4.6), (2.1,.6,.55), s*.62))
     gas = ellipsoid(x, y, (7.2,dome+2.6), (2.6,a.bubble,3.2))
     if a.view=='PA': gas = gas*(y<dome+3.1)                                                               # upright: a fluid level
-    for i in range(3): gas = np.maximum(gas, ellipsoid(x, y, (11-3.4*i+a.curve*3,17.2+a.bubble*.8+.6*i), (1.9,1.2,2)))
+    for c in a.bowel: gas = np.maximum(gas, ellipsoid(x, y, c[:2], (c[2],.7*c[2],.9*c[2]), c[3]))
     return t+gas
 
-# %% ../nbs/00_data.ipynb #81f3661e
+# %% ../nbs/00_data.ipynb #984843ee
 def rib(a, i, side, lo, hi):
     "Rib `i` from angle `lo` to `hi` (0 at the spine, pi/2 at the side, pi at the breastbone) as points in cm"
     f = np.linspace(lo, hi, 40)
     drop = a.ribdrop*np.clip(.32+.12*i, 0, 1)
     y0 = a.rib0+a.ribstep*i-.4*a.insp*i/9
-    reach = max(float(bounds(a, y0+drop*.45)[1]), 4.5+1.3*min(i,2))-1.35
+    reach = max(float(bounds(a, y0+drop*.45)[1]), 4.5+1.3*min(i,2))-1.75
     y = y0+drop*(1-np.cos(f))/2+(.1+.17*i)*np.sin(f)-.6*np.sin(2*f)*(f<np.pi/2)
     return np.stack([side*(1.6+reach*np.sin(f))+2*a.rot-6*a.rot*np.cos(f), y], 1)
 
@@ -221,20 +229,19 @@ def ribs(a, size):
     front = draw(size, [(rib(a,i,s,1.5,2.55-.06*i), .68) for i in range(8) for s in (-1,1)])
     return tube(back, .62, .13)+.62*tube(front, .68, .13)
 
-# %% ../nbs/00_data.ipynb #40b9eae8
+# %% ../nbs/00_data.ipynb #94566a2d
 def girdle(a, size):
     "Path (cm) through the bone of collarbones, shoulder blades and upper arms"
     t,k = 0,size/FIELD
     for s in (-1,1):
         c = np.array([[1.9,-11.3],[5,-12.3],[8.5,-13.3],[11.5,-13.2],[15,-14.2]])*[s,1]+[7*a.rot,a.clav]
-        c = cv2.GaussianBlur(np.stack([np.interp(np.linspace(0,4,50), range(5), o) for o in c.T], 1), (1,15), 3, borderType=cv2.BORDER_REPLICATE)
-        t = t+tube(draw(size, [(c,.62)]), .62, .16)
+        t = t+tube(draw(size, [(smooth(c),.62)]), .62, .16)
         blade = np.array([[11.2,-11.5],[16.3,-11.2],[15.4,-6.5],[12.6,2.2],[11.4,1.8],[10.7,-5]])+[a.scap,a.clav*.4]
         m = cv2.fillPoly(np.zeros((size,size), np.uint8), [pixels(blade*[s,1], size)], 255, cv2.LINE_AA, 4)
         d = cv2.distanceTransform((cv2.GaussianBlur(m, (0,0), .35*k)>127).astype(np.uint8), cv2.DIST_L2, 5)/k
         t = t+(d>0)*(.12+.5*np.exp(-((d-.25)/.25)**2))
         head = np.array([[18.4,-10.3],[18.6,-10.1]])*[s,1]+[0,a.clav*.3]
-        shaft = np.array([[19,-9.5],[20.5+.2*a.fat,4],[23.5,20]])*[s,1]
+        shaft = np.array([[18.7,-9.5],[18.9+.1*a.fat,4],[20.2,20]])*[s,1]
         t = t+.6*tube(draw(size, [(head,2.2)]), 2.2, .2)+tube(draw(size, [(shaft,1.15)]), 1.15, .35)
     return t
 
@@ -251,7 +258,7 @@ def spine(a, x, y):
     for s in (-1,1): t = t+.7*np.exp(-((x-s*.72*w)/.28)**2-(up/.42)**2)                               # pedicles
     return t+1.1*np.exp(-(x/.22)**2-(up/.6)**2)+sternum                                                 # spinous processes
 
-# %% ../nbs/00_data.ipynb #d9c57cd2
+# %% ../nbs/00_data.ipynb #1655a17d
 def layers(a, size):
     "Line integrals of attenuation, part by part ({name: (size,size)}; air counts negative), and the lesion (bool)"
     x,y = grid(size)
@@ -259,6 +266,7 @@ def layers(a, size):
     cav = {s: cavity(a, x, y, s, solid) for s in (-1,1)}
     both, mask = cav[-1]+cav[1], np.zeros((size,size), bool)
     rho,line = np.full_like(both, a.density), 0
+    mesh = cv2.resize(a.tissue, (size,size), interpolation=cv2.INTER_CUBIC)
     if a.ptx:
         keep,mine = retained(a, x, y), cav[a.ptx.side]
         mask = (mine>.8)&(keep<.5)
@@ -266,40 +274,38 @@ def layers(a, size):
         rim = cv2.dilate(mask.astype(np.uint8), np.ones((3,3)))*(keep>=.5)*(mine>.8)
         line = cv2.GaussianBlur(rim.astype(np.float32), (0,0), .06*size/FIELD+.3)*.45
     vis = np.clip(both/1.5, 0, 1)*(rho/a.density>.5)
-    return {'torso': MU.soft*torso(a, x, y), 'cavities': -MU.soft*both, 'lungs': MU.soft*rho*both,
-            'vessels': 1.7*MU.soft*vessels(a, size)*vis, 'pleura': MU.soft*line,
-            'airways': -.9*MU.soft*np.minimum(airways(a, x, y), 6),
-            'bones': MU.bone*(.85*ribs(a, size)+.7*girdle(a, size)+.5*spine(a, x, y))}, mask
+    return {'torso': MU.soft*torso(a, x, y), 'cavities': -MU.soft*both, 'lungs': MU.soft*rho*(1+.06*mesh)*both,
+            'vessels': 2.*MU.soft*vessels(a, size)*vis, 'pleura': MU.soft*line,
+            'airways': -1.1*MU.soft*np.minimum(airways(a, x, y), 6),
+            'bones': MU.bone*(.8*ribs(a, size)+1.1*girdle(a, size)+.5*spine(a, x, y))}, mask
 
-# %% ../nbs/00_data.ipynb #fbd82c26
-def place(a, im, size):
-    "`im` as seen by a detector of `size` pixels a side: magnified, shifted, tilted, and no body is as regular as a formula"
+# %% ../nbs/00_data.ipynb #0c89d719
+def place(a, size, *ims):
+    "`ims` as seen by a detector of `size` pixels a side: magnified, shifted, tilted, and no body is as regular as a formula"
     x,y = grid(size)
-    x,y = (x-a.shift[0])/(a.zoom*a.scale), (y-a.shift[1])/(a.zoom*a.scale)
-    x,y = x*np.cos(a.roll)+y*np.sin(a.roll), y*np.cos(a.roll)-x*np.sin(a.roll)
-    at = [(o+cv2.resize(w, (size,size), interpolation=cv2.INTER_CUBIC))*(len(im)/FIELD)+len(im)/2-.5 for o,w in zip((x,y), a.warp)]
-    return cv2.remap(im.astype(np.float32), *[o.astype(np.float32) for o in at], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    x,y = (x-np.float32(a.shift[0]))/np.float32(a.zoom*a.scale), (y-np.float32(a.shift[1]))/np.float32(a.zoom*a.scale)
+    k,c,s = len(ims[0])/FIELD, np.float32(np.cos(a.roll)), np.float32(np.sin(a.roll))
+    at = [cv2.resize(np.float32(w), (size,size), interpolation=cv2.INTER_CUBIC) for w in a.warp]
+    at = [np.float32(k)*(o+w+np.float32(FIELD/2))-np.float32(.5) for o,w in zip((x*c+y*s, y*c-x*s), at)]
+    return [cv2.remap(np.float32(im), *at, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE) for im in ims]
 
-# %% ../nbs/00_data.ipynb #641d5084
+# %% ../nbs/00_data.ipynb #54d71dd2
 def devices(a, size, rng):
     "Attenuation of side markers and, on portable films, of leads and lines, drawn in the plane of the detector"
     m,k,s = np.zeros((size,size), np.uint8), size/FIELD, int(rng.choice([-1,1]))
     def text(t, x, y, cm):
-        cv2.putText(m, t, tuple(int((o+FIELD/2)*k) for o in (x,y)), cv2.FONT_HERSHEY_SIMPLEX, cm*k/22, 255, max(1, round(cm*k/7)), cv2.LINE_AA)
+        cv2.putText(m, t, (pixels((x,y), size)//16).tolist(), cv2.FONT_HERSHEY_SIMPLEX, cm*k/22, 255, max(1, round(cm*k/7)), cv2.LINE_AA)
+    def line(pts, cm, v): cv2.polylines(m, [pixels(smooth(pts), size)], False, v, max(1, round(cm*k)), cv2.LINE_8, 4)
     text('L' if s>0 else 'R', s*rng.uniform(16,18.5)-.5, rng.uniform(-18,-12), rng.uniform(1.2,1.8))
-    extra = rng.random(8)
+    has = rng.random(6)<[.5,.65,.65,.65,.5,.5]
     if a.view=='AP':
-        if extra[0]<.5: text('PORTABLE', rng.uniform(8,13)*s-2.5, -19.2, .6)
-        for i in range(3):
-            if extra[i+1]>.65: continue
-            p = rng.uniform((-14,-12), (14,10)); q = np.array([np.sign(p[0])*22, rng.uniform(-18,18)])
-            u = np.linspace(0, 1, 60)[:,None]; bend = rng.normal(0,5,2)
-            cv2.polylines(m, [pixels(p+(q-p)*u+bend*u*(1-u)*4, size)], False, 31, max(1, round(.22*k)), cv2.LINE_8, 4)
-            cv2.circle(m, tuple(int((o+FIELD/2)*k) for o in p), round(.7*k), 26, max(1, round(.35*k)))
-        if extra[4]<.5:                                                                                   # tracheal tube
-            cv2.polylines(m, [pixels([[.3,-22],[rng.normal(.2,.3),-9],[rng.normal(.2,.2),-7]], size)], False, 23, max(1, round(.35*k)), cv2.LINE_8, 4)
-        if extra[5]<.5:                                                                                   # central venous line
-            cv2.polylines(m, [pixels([[-9,-15],[-6,-13.5],[-3,-11],[-2.2,-6],[-2,rng.uniform(-3,1)]], size)], False, 28, max(1, round(.2*k)), cv2.LINE_8, 4)
+        if has[0]: text('PORTABLE', rng.uniform(8,13)*s-2.5, -19.2, .6)
+        for p in rng.uniform((-14,-12), (14,10), (3,2))[has[1:4]]:                                        # leads of the monitor
+            end = np.array([np.sign(p[0])*22, rng.uniform(-18,18)])
+            line([p, p+rng.normal(0,4,2), (p+end)/2+rng.normal(0,4,2), end], .22, 31)
+            cv2.circle(m, (pixels(p, size)//16).tolist(), round(.7*k), 26, max(1, round(.35*k)))
+        if has[4]: line([[.3,-22],[rng.normal(.2,.3),-12],[rng.normal(.2,.2),-7]], .35, 23)               # tracheal tube
+        if has[5]: line([[-9,-15],[-6,-13.5],[-3,-11],[-2.2,-6],[-2,rng.uniform(-3,1)]], .2, 28)         # central venous line
     return MU.metal/255*cv2.GaussianBlur(m, (0,0), .03*k+.2).astype(np.float32)
 
 # %% ../nbs/00_data.ipynb #c21844ac
@@ -319,12 +325,15 @@ def film(a, att, rng):
     mid = np.median(log[int(n*.3):int(n*.7):4, int(n*.2):int(n*.8):4])+.6*a.exposure-.15
     return np.uint8(np.clip(255/(1+np.exp((mid-log)*a.contrast/.62))+.5, 0, 255))
 
-# %% ../nbs/00_data.ipynb #03630db0
+# %% ../nbs/00_data.ipynb #77723b59
 def render(a, size, rng):
     "Radiograph and lesion mask of study `a`, both uint8 (size,size)"
     parts,mask = layers(a, int(np.clip(2*size, 256, 512)))
-    att = place(a, sum(parts.values()), size)+devices(a, size, rng)
-    return film(a, att, rng), np.uint8(place(a, mask, size)>.5)*255
+    att, lesion = place(a, size, sum(parts.values()), mask)
+    im, m = film(a, att+devices(a, size, rng), rng), np.uint8(lesion>.5)*255
+    cut = (np.maximum(0, a.shutter)*size).astype(int)
+    for o in (im,m): o[:cut[0]] = o[size-cut[1]:] = o[:,:cut[2]] = o[:,size-cut[3]:] = 0                 # beam collimated, the rest blackened
+    return im, m
 
 # %% ../nbs/00_data.ipynb #9df12833
 def to_dicom(a, im, uids):
