@@ -32,7 +32,7 @@ MAX_PIXELS = 10**8 # most values (rows x columns x samples) of one frame that ar
 class DicomError(ValueError):
     "A file that cannot be read or decoded: the message names the file, what is wrong with it, and the cure where there is one"
 
-# %% ../nbs/01_dicom.ipynb #e5039689
+# %% ../nbs/01_dicom.ipynb #05d5bcec
 _STOP = KeyboardInterrupt, SystemExit, GeneratorExit # not errors; a panic of a decoder written in Rust is one, though no `Exception`
 
 @contextmanager
@@ -47,7 +47,7 @@ def _dicom_errors(
     except _STOP: raise
     except BaseException as e: raise DicomError(f'{name}: cannot be {doing}: {_one_line(e)}') from e
 
-def _one_line(e): return ' '.join(f'{e}'.split())[:300] or type(e).__name__
+def _one_line(e): return ' '.join(f'{getattr(e, "strerror", None) or e}'.split())[:300] or type(e).__name__
 
 def _name(ds): return str(getattr(ds, 'filename', None) or 'dataset in memory')
 

@@ -8,7 +8,7 @@ Docs: https://dicomcam.github.io/dicomcam/summary.html.md"""
 __all__ = ['PHI_TAGS', 'MAX_VALUES', 'MAX_TEXT', 'find_dicoms', 'is_phi', 'column_name', 'years', 'header_row', 'pixel_stats',
            'summarize']
 
-# %% ../nbs/02_summary.ipynb #192c8f31
+# %% ../nbs/02_summary.ipynb #061312a1
 import json, logging, math, os, re, stat, threading, warnings
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 from joblib import Parallel, delayed, effective_n_jobs
-from joblib.externals.loky import get_reusable_executor
 from joblib.externals.loky.process_executor import BrokenProcessPool
 from pydicom.datadict import keyword_for_tag
 
@@ -208,11 +207,11 @@ def _row(fn, pixels, window, phi, max_pixels):
 
 def _rows(fns, **kwargs): return [_row(fn, **kwargs) for fn in fns]
 
-# %% ../nbs/02_summary.ipynb #93f72df7
+# %% ../nbs/02_summary.ipynb #9b189378
 def _one_by_one(job, fns):
     "The rows of a batch on which a process died: each file in a process of its own, and the one that kills it gets a row that says so"
     for fn in fns:
-        try: yield from get_reusable_executor(max_workers=1).submit(job, [fn]).result()
+        try: yield from Parallel(n_jobs=2, backend='loky')([delayed(job)([fn])])[0]
         except BrokenProcessPool: yield dict(fname=str(fn), warnings=0, error='the decoder crashed on this file')
 
 def _batches(job, batches, n_jobs):

@@ -1,0 +1,290 @@
+"""The table: fastai's columns and values, NumPy's statistics, a row for each file whatever happens, and no process left behind"""
+import json, math, os, pty, signal, subprocess, sys, time
+from pathlib import Path
+
+import numpy as np, pandas as pd, pydicom, pytest
+from joblib import parallel_config
+from pydicom import uid
+from pydicom.data import get_testdata_file
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.sequence import Sequence
+
+from dicomcam.dicom import DicomError
+from dicomcam.summary import _batches, column_name, find_dicoms, header_row, is_phi, pixel_stats, summarize, years
+
+pytestmark = pytest.mark.filterwarnings('ignore')
+ROOT = Path(pydicom.__file__).parent/'data/test_files'
+IMAGES = [get_testdata_file(f'{o}.dcm', download=False) for o in
+          '''CT_small MR_small MR_small_RLE JPEG2000 JPEG-lossy SC_rgb_rle_2frame examples_rgb_color examples_palette examples_ybr_color rtdose
+             liver_1frame image_dfl SC_rgb_small_odd SC_rgb_rle_32bit MR_small_bigendian JPEGLSNearLossless_08'''.split()]
+
+
+@pytest.fixture(scope='module')
+def radiographs():
+    if 'DICOMCAM_TEST_DATA' not in os.environ: pytest.skip('DICOMCAM_TEST_DATA is not set: no real radiographs')
+    return find_dicoms(os.environ['DICOMCAM_TEST_DATA'])
+
+def run(code, **kwargs): return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120, **kwargs)
+
+def dataset(**attrs):
+    ds = FileDataset('test', {}, file_meta=FileMetaDataset(), preamble=b'\0'*128)
+    ds.file_meta.TransferSyntaxUID, ds.file_meta.MediaStorageSOPClassUID, ds.file_meta.MediaStorageSOPInstanceUID = uid.ExplicitVRLittleEndian, '1.2', '1.3'
+    ds.SOPInstanceUID = '1.2.3'
+    for k,v in attrs.items(): setattr(ds, k, v)
+    return ds
+
+
+# --- the values ---
+
+def test_as_fastai(radiographs):
+    "The columns and values of fastai's from_dicoms: names as text, ages as years, the rest the same"
+    from fastai.basics import L
+    import fastai.medical.imaging
+    fns = radiographs[:20]
+    theirs = pd.DataFrame.from_dicoms(L(fns), px_summ=True)
+    ours = summarize(fns, n_jobs=1, progress=False)
+    assert [o for o in ours.columns if o in theirs.columns]==theirs.columns.tolist()
+    for c in theirs.columns:
+        if c=='PatientAge': assert ours[c].tolist()==[float(o.strip('Y')) for o in theirs[c]]
+        elif c.startswith('img_'): np.testing.assert_allclose(ours[c], theirs[c].astype(float), rtol=1e-6)
+        else: assert [str(o) for o in ours[c]]==[str(o) for o in theirs[c]], c
+    assert {'MultiPixelSpacing','PixelSpacing','PixelSpacing1','img_min','img_max','img_mean','img_std','img_pct_window','fname'} <= set(theirs.columns)
+
+@pytest.mark.parametrize('fn', IMAGES, ids=lambda o: Path(o).name)
+@pytest.mark.parametrize('window', [(80,40), (1500,-600), (300,100)])
+def test_as_numpy(fn, window):
+    s = pixel_stats(pydicom.dcmread(fn), window)
+    ds = pydicom.dcmread(fn)
+    x = ds.pixel_array.astype(np.float64)
+    expected = dict(img_min=x.min(), img_max=x.max(), img_mean=x.mean(), img_std=x.std())
+    for k,v in expected.items(): assert s[k]==pytest.approx(v, rel=1e-6), k
+    u,(w,l) = x*float(ds.get('RescaleSlope', 1))+float(ds.get('RescaleIntercept', 0)), window
+    assert s['img_pct_window']==pytest.approx(((u>l-w//2) & (u<l+w//2)).mean(), rel=1e-6)
+
+def test_as_numpy_on_radiographs(radiographs):
+    df = summarize(radiographs[:30], n_jobs=2, progress=False)
+    for fn,r in zip(radiographs, df.itertuples()):
+        x = pydicom.dcmread(fn).pixel_array
+        np.testing.assert_allclose([r.img_min, r.img_max, r.img_mean, r.img_std], [x.min(), x.max(), x.mean(), x.std()], rtol=1e-6)
+        assert r.img_pct_window==pytest.approx(((x>0) & (x<80)).mean(), rel=1e-6)
+
+@pytest.mark.parametrize('age,expected', [('067Y',67), ('67',67), ('006M',.5), ('026W',.4983), ('073D',.19986), (' 12Y ',12), ('012y',12)])
+def test_years(age, expected): assert years(age)==pytest.approx(expected, rel=1e-3)
+
+@pytest.mark.parametrize('age', ['', 'Y', '67X', 'old', '-5Y', '6.5'])
+def test_no_years(age): assert math.isnan(years(age))
+
+def test_types():
+    ds = dataset(PatientName='Doe^Jane=土井', PatientAge='067Y', PatientWeight='70.5', SeriesNumber='3', ImageType=['ORIGINAL','PRIMARY'], PixelSpacing=[.1,.2],
+                 Rows=7, PatientBirthDate='', PatientSize=None, StudyInstanceUID='1.2.840')
+    row,problems = header_row(ds)
+    assert not problems and {k:(v,type(v)) for k,v in row.items()}=={k:(v,type(v)) for k,v in dict(
+        PatientName='Doe^Jane=土井', PatientAge=67., PatientWeight=70.5, SeriesNumber=3, MultiImageType=1, ImageType='ORIGINAL', ImageType1='PRIMARY',
+        MultiPixelSpacing=1, PixelSpacing=.1, PixelSpacing1=.2, Rows=7, PatientBirthDate='', PatientSize=None, StudyInstanceUID='1.2.840',
+        SOPInstanceUID='1.2.3').items()}
+
+def test_sequences_and_private_elements():
+    it,code = Dataset(), Dataset()
+    code.CodeValue, it.PersonIdentificationCodeSequence = '42', Sequence([code])
+    it.PersonName = 'Doe^Jane'
+    ds = dataset(ContentSequence=Sequence([it, Dataset()]), ReferencedImageSequence=Sequence([]))
+    for creator in ('ACME','OTHER'):
+        block = ds.private_block(0x0011, creator, create=True)
+        block.add_new(1, 'LO', f'one of {creator}')
+        block.add_new(2, 'DS', ['1.5','2'])
+    ds.add_new(0x60000010, 'US', 5); ds.add_new(0x60020010, 'US', 6); ds.add_new(0x00091001, 'LO', 'no creator'); ds.add_new(0x00080000, 'UL', 9)
+    ds.add_new(0x00280010, 'US', 3); ds.add_new(0x00089999, 'LO', 'unknown')
+    row,problems = header_row(ds)
+    assert not problems
+    assert json.loads(row['ContentSequence'])==[{'PersonIdentificationCodeSequence': '[{"CodeValue": "42"}]', 'PersonName':'Doe^Jane'}, {}]
+    assert row['ReferencedImageSequence']=='[]'
+    assert row['(0011,xx01) ACME']=='one of ACME' and row['(0011,xx01) OTHER']=='one of OTHER'
+    assert row['Multi(0011,xx02) ACME']==1 and row['(0011,xx02) ACME']==1.5 and row['(0011,xx02) ACME1']==2
+    assert row['OverlayRows']==5 and row['OverlayRows (6002)']==6
+    assert row['(0009,1001)']=='no creator' and row['(0008,9999)']=='unknown' and row['(0008,0000)']==9
+    assert len(row)==sum(1 if ds[t].VM<2 or ds[t].VR=='SQ' else ds[t].VM+1 for t in ds.keys())
+
+def test_long_values():
+    ds = dataset(GridFrameOffsetVector=list(range(500)), RedPaletteColorLookupTableData=bytes(1000), AdditionalPatientHistory='x'*50_000)
+    row,_ = header_row(ds)
+    assert row['RedPaletteColorLookupTableData']=='1000 bytes' and len(row['AdditionalPatientHistory'])==10_000
+    assert json.loads(row['GridFrameOffsetVector'])==list(range(500)) and 'GridFrameOffsetVector1' not in row
+
+
+# --- identifying attributes ---
+
+@pytest.mark.parametrize('kw,phi', [(o,True) for o in '''PatientName PatientID PatientBirthDate PatientSex PatientAge PatientWeight StudyDate StudyTime AccessionNumber
+    InstitutionName ReferringPhysicianName StudyInstanceUID SOPInstanceUID SeriesDescription OperatorsName DeviceSerialNumber AcquisitionDate StudyID
+    PatientComments RequestAttributesSequence DeviceUID ProtocolName StationName'''.split()] +
+    [(o,False) for o in 'Modality Rows Columns PixelSpacing ViewPosition BodyPartExamined SOPClassUID KVP PhotometricInterpretation WindowCenter'.split()])
+def test_is_phi(kw, phi): assert is_phi(pydicom.datadict.tag_for_keyword(kw))==phi
+
+def test_is_phi_by_group():
+    assert is_phi(0x00091001) and is_phi(0x50010010) and is_phi(0x60003000) and is_phi(0x60024000) and not is_phi(0x60000010)
+
+def test_phi_stays_out(tmp_path):
+    "Nothing of the patient is left in the frame, nested or private; duplicates are still told"
+    secret = 'Zqxj'
+    it = Dataset()
+    it.PatientName, it.CodeValue = secret, 'kept'
+    ds = dataset(PatientName=secret, PatientID=secret, PatientAge='067Y', Modality='CR', DerivationCodeSequence=Sequence([it]))
+    ds.private_block(0x0011, 'ACME', create=True).add_new(1, 'LO', secret)
+    fns = [tmp_path/f'{i}.dcm' for i in range(2)]
+    for o in fns: ds.save_as(o, enforce_file_format=True)
+    df = summarize(fns, pixels=False, phi=False, n_jobs=1, progress=False)
+    assert secret not in df.to_csv() and '67' not in df.drop(columns='fname').to_csv() and 'kept' in df.to_csv()
+    assert df.duplicate.all() and 'SOPInstanceUID' not in df and df.Modality.tolist()==['CR']*2
+    assert secret in summarize(fns, pixels=False, n_jobs=1, progress=False).to_csv()
+
+
+# --- whatever happens ---
+
+def bad_files(path):
+    (path/'text.dcm').write_text('no image '*99)
+    (path/'empty.dcm').write_bytes(b'')
+    (path/'cut.dcm').write_bytes(Path(IMAGES[0]).read_bytes()[:30000])
+    return [path/'text.dcm', IMAGES[0], path/'empty.dcm', path, path/'missing.dcm', IMAGES[1], path/'cut.dcm', IMAGES[0]]
+
+@pytest.mark.parametrize('n_jobs', [1, 2])
+def test_a_row_for_each(tmp_path, n_jobs):
+    files = bad_files(tmp_path)
+    df = summarize(files, n_jobs=n_jobs, progress=False)
+    assert df.fname.tolist()==[str(o) for o in files]
+    assert df.error.isna().tolist()==[False,True,False,False,False,True,False,True]
+    for i,words in {0:'not a DICOM file', 2:'is empty', 3:'is a folder', 4:'No such file', 6:'cut off in (7FE0,0010)'}.items(): assert words in df.error[i]
+    assert str(tmp_path) not in ' '.join(df.error.dropna()) # the name has a column of its own
+    assert df.img_mean.notna().tolist()==df.error.isna().tolist()
+    assert df.PatientName[6]==df.PatientName[1]=='CompressedSamples^CT1' # what could be read is there
+    assert df.duplicate.tolist()==[False,True,False,False,False,False,True,True]
+
+def test_empty():
+    df = summarize([], progress=False)
+    assert len(df)==0 and {'fname','img_mean','error'} <= set(df.columns)
+
+def test_unreadable_element(tmp_path):
+    ds = dataset(Modality='CR')
+    ds.add_new(0x00200013, 'IS', '5')
+    ds.save_as(tmp_path/'a.dcm', enforce_file_format=True)
+    b = (tmp_path/'a.dcm').read_bytes()
+    (tmp_path/'a.dcm').write_bytes(b.replace(b'IS\x02\x005 ', b'IS\x02\x00x!'))
+    r = summarize([tmp_path/'a.dcm'], pixels=False, n_jobs=1, progress=False).iloc[0]
+    assert 'InstanceNumber cannot be read' in r.error and r.Modality=='CR' and r.warnings>0
+
+@pytest.mark.parametrize('n_jobs', [1, 2])
+def test_quiet(n_jobs):
+    "Warnings are counted into the row and do not reach the screen"
+    r = run(f'''from dicomcam.summary import *
+df = summarize([{get_testdata_file('badVR.dcm', download=False)!r}, {IMAGES[0]!r}], n_jobs={n_jobs})
+assert df.warnings.tolist()[0]>0 and df.warnings.tolist()[1]==0, df.warnings.tolist()''')
+    assert r.returncode==0 and r.stdout==r.stderr=='', r.stderr
+
+def test_written_and_read(tmp_path):
+    "CSV and Parquet take every file of pydicom's own: 800 columns, and types that differ from file to file"
+    df = summarize(ROOT, n_jobs=2, progress=False)
+    df.to_parquet(tmp_path/'a.parquet')
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path/'a.parquet'), df, check_dtype=False)
+    df.to_csv(tmp_path/'a.csv', index=False)
+    assert pd.read_csv(tmp_path/'a.csv', low_memory=False).shape==df.shape
+    assert df.columns.is_unique
+
+def die_on(fns, word):
+    if any(word in o for o in fns): os._exit(11)
+    return [dict(fname=o, error=None) for o in fns]
+
+def test_a_process_that_dies():
+    "costs the row of the file that killed it, and no other"
+    from functools import partial
+    names = [f'{i:03}' for i in range(30)]
+    names[7] = names[22] = 'killer'
+    rows = [r for batch in _batches(partial(die_on, word='killer'), [names[i:i+5] for i in range(0, 30, 5)], 2) for r in batch]
+    assert [r['fname'] for r in rows]==names
+    assert [i for i,r in enumerate(rows) if r['error']]==[7,22] and 'crashed' in rows[7]['error']
+
+
+# --- processes ---
+
+def test_after_torch():
+    "fastai's from_dicoms with two workers hangs here for ever: the processes that it forks inherit torch's locks"
+    r = run(f'''import torch
+a = torch.rand(500,500); (a@a).sum()
+from dicomcam.summary import summarize
+assert len(summarize({IMAGES!r}*4, n_jobs=2))=={4*len(IMAGES)}''')
+    assert r.returncode==0, r.stderr
+
+@pytest.mark.parametrize('whole_group', [True, False], ids=['terminal','notebook'])
+def test_interrupt(whole_group):
+    "Ctrl-C: stops at once and leaves no process behind"
+    code = f'''import sys
+from dicomcam.summary import summarize
+files = {IMAGES!r}*3000
+print('start', flush=True)
+try: summarize(files, n_jobs=2)
+except KeyboardInterrupt: print('stopped', flush=True)
+import subprocess, os
+print(subprocess.run(['ps','-o','args=','--ppid',str(os.getpid())], capture_output=True, text=True).stdout.count('popen_loky'), flush=True)'''
+    p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert p.stdout.readline()=='start\n'
+    time.sleep(5)
+    t = time.perf_counter()
+    (os.killpg if whole_group else os.kill)(p.pid, signal.SIGINT)
+    out,err = p.communicate(timeout=30)
+    assert out=='stopped\n0\n' and time.perf_counter()-t<5, err
+    left = subprocess.run(['ps','-o','stat=,args=','-s',str(p.pid)], capture_output=True, text=True).stdout.splitlines()
+    assert not [o for o in left if not o.startswith('Z')], left # a Z is dead: whoever started it has only not asked after it yet
+
+def test_progress_in_a_terminal():
+    main,side = pty.openpty()
+    p = subprocess.Popen([sys.executable, '-c', f'from dicomcam.summary import *; summarize({IMAGES!r}*20, n_jobs=2)'], stdout=side, stderr=side)
+    os.close(side)
+    out = b''
+    try:
+        while b := os.read(main, 4096): out += b
+    except OSError: pass # the terminal is closed
+    assert p.wait()==0 and b'100.00%' in out and b'<00:00' in out
+
+def test_dask():
+    "The same call on a cluster gives the same frame"
+    distributed = pytest.importorskip('distributed', reason='the [dask] extra is not installed')
+    files = [*find_dicoms(ROOT), *IMAGES]
+    expected = summarize(files, n_jobs=1, progress=False)
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=2, processes=True, dashboard_address=None) as cluster, distributed.Client(cluster):
+        with parallel_config('dask'): df = summarize(files, progress=False)
+    pd.testing.assert_frame_equal(df, expected)
+
+
+# --- finding files ---
+
+def test_find(tmp_path):
+    src = Path(IMAGES[0]).read_bytes()
+    for o in ('b/2.dcm', 'b/IM0001', 'a/x', 'a/10', 'c.txt'):
+        (tmp_path/o).parent.mkdir(exist_ok=True)
+        (tmp_path/o).write_bytes(src)
+    (tmp_path/'not.dcm').write_text('no')
+    os.mkfifo(tmp_path/'fifo.dcm')
+    (tmp_path/'loop').symlink_to(tmp_path)
+    assert [str(o.relative_to(tmp_path)) for o in find_dicoms(tmp_path)]==['c.txt', 'a/10', 'a/x', 'b/2.dcm', 'b/IM0001']
+    assert find_dicoms(tmp_path/'c.txt')==[tmp_path/'c.txt']
+    with pytest.raises(DicomError, match='no such file or folder'): find_dicoms(tmp_path/'nowhere')
+    with pytest.raises(DicomError, match='not a DICOM file'): find_dicoms(tmp_path/'not.dcm')
+
+def test_dicomdir():
+    fns = find_dicoms(ROOT/'dicomdirtests/DICOMDIR')
+    assert len(fns)==31 and all(o.is_file() for o in fns)
+    assert set(fns) <= set(find_dicoms(ROOT/'dicomdirtests')) and len(find_dicoms(ROOT/'dicomdirtests'))==81
+
+def test_dicomdir_stays_in_its_folder(tmp_path):
+    rec = Dataset()
+    rec.ReferencedFileID = ['..','secret']
+    ds = dataset(DirectoryRecordSequence=Sequence([rec]))
+    ds.save_as(tmp_path/'DICOMDIR', enforce_file_format=True)
+    assert find_dicoms(tmp_path/'DICOMDIR')==[]
+
+def test_one_column_for_one_element():
+    "Over all of pydicom's files: two elements never share a column"
+    for fn in find_dicoms(ROOT):
+        ds = pydicom.dcmread(fn, force=True)
+        names = []
+        for t in ds.keys():
+            try: names.append(column_name(ds[t]))
+            except Exception: pass
+        assert len(set(names))==len(names), fn
