@@ -113,7 +113,7 @@ def patient(rng):
     a.trees = {s: tree(rng, s) for s in (-1,1)}
     return a
 
-# %% ../nbs/00_data.ipynb #8e8e5ace
+# %% ../nbs/00_data.ipynb #2eed5834
 def study(rng, a, ptx=False):
     "Patient `a` before the machine: view, pose, breath, exposure and, where `ptx`, a pneumothorax"
     a = SimpleNamespace(**vars(a))
@@ -126,6 +126,7 @@ def study(rng, a, ptx=False):
     a.exposure, a.contrast, a.photons = rng.normal(0,.22), rng.uniform(.72,1.02), 10**rng.uniform(3.6,4.5)
     a.scatter = rng.uniform(.14,.28) if ap else rng.uniform(.07,.14)
     a.clav, a.scap = rng.uniform(-1,2), rng.uniform(-4.5,-2) if ap else rng.uniform(-.8,1.2)
+    a.field = float(rng.choice([40,42,43.2]))                                                            # the detector's side in cm
     a.shutter = rng.uniform(-.08, .04, 4)
     apical,side = rng.random()<.5, int(rng.choice([-1,1]))
     gap,drop = (rng.uniform(.12,.3), rng.uniform(2.2,6.5)) if apical else (rng.uniform(.16,.42), rng.uniform(1.,3.5))
@@ -258,7 +259,7 @@ def spine(a, x, y):
     for s in (-1,1): t = t+.7*np.exp(-((x-s*.72*w)/.28)**2-(up/.42)**2)                               # pedicles
     return t+1.1*np.exp(-(x/.22)**2-(up/.6)**2)+sternum                                                 # spinous processes
 
-# %% ../nbs/00_data.ipynb #1655a17d
+# %% ../nbs/00_data.ipynb #6f57488c
 def layers(a, size):
     "Line integrals of attenuation, part by part ({name: (size,size)}; air counts negative), and the lesion (bool)"
     x,y = grid(size)
@@ -269,9 +270,9 @@ def layers(a, size):
     mesh = cv2.resize(a.tissue, (size,size), interpolation=cv2.INTER_CUBIC)
     if a.ptx:
         keep,mine = retained(a, x, y), cav[a.ptx.side]
-        mask = (mine>.8)&(keep<.5)
+        mask = (mine>.8)&(keep<=0)                                         # rays that meet air, at least 8 mm of it, and no lung
         rho = np.where(mine>0, a.density*keep*(1+.9*a.ptx.gap), a.density).astype(np.float32)         # the lung beside the air is denser
-        rim = cv2.dilate(mask.astype(np.uint8), np.ones((3,3)))*(keep>=.5)*(mine>.8)
+        rim = cv2.dilate(mask.astype(np.uint8), np.ones((3,3)))*(keep>0)*(mine>.8)
         line = cv2.GaussianBlur(rim.astype(np.float32), (0,0), .06*size/FIELD+.3)*.45
     vis = np.clip(both/1.5, 0, 1)*(rho/a.density>.5)
     return {'torso': MU.soft*torso(a, x, y), 'cavities': -MU.soft*both, 'lungs': MU.soft*rho*(1+.06*mesh)*both,
@@ -279,11 +280,11 @@ def layers(a, size):
             'airways': -1.1*MU.soft*np.minimum(airways(a, x, y), 6),
             'bones': MU.bone*(.8*ribs(a, size)+1.1*girdle(a, size)+.5*spine(a, x, y))}, mask
 
-# %% ../nbs/00_data.ipynb #0c89d719
+# %% ../nbs/00_data.ipynb #8f09a086
 def place(a, size, *ims):
     "`ims` as seen by a detector of `size` pixels a side: magnified, shifted, tilted, and no body is as regular as a formula"
     x,y = grid(size)
-    x,y = (x-np.float32(a.shift[0]))/np.float32(a.zoom*a.scale), (y-np.float32(a.shift[1]))/np.float32(a.zoom*a.scale)
+    x,y = [(o*np.float32(a.field/FIELD)-np.float32(d))/np.float32(a.zoom*a.scale) for o,d in zip((x,y), a.shift)]
     k,c,s = len(ims[0])/FIELD, np.float32(np.cos(a.roll)), np.float32(np.sin(a.roll))
     at = [cv2.resize(np.float32(w), (size,size), interpolation=cv2.INTER_CUBIC) for w in a.warp]
     at = [np.float32(k)*(o+w+np.float32(FIELD/2))-np.float32(.5) for o,w in zip((x*c+y*s, y*c-x*s), at)]
@@ -308,7 +309,7 @@ def devices(a, size, rng):
         if has[5]: line([[-9,-15],[-6,-13.5],[-3,-11],[-2.2,-6],[-2,rng.uniform(-3,1)]], .2, 28)         # central venous line
     return MU.metal/255*cv2.GaussianBlur(m, (0,0), .03*k+.2).astype(np.float32)
 
-# %% ../nbs/00_data.ipynb #c21844ac
+# %% ../nbs/00_data.ipynb #1170c1fa
 def blur(im, cm):
     "Wide Gaussian blur of `cm`, done at about 128 pixels a side"
     n = len(im); s = cv2.resize(im, (min(n,128),)*2, interpolation=cv2.INTER_AREA)
@@ -323,7 +324,7 @@ def film(a, att, rng):
     log = -np.log(cv2.GaussianBlur(seen, (0,0), .02*k+.3))
     low = blur(log, 2.5); log = .8*low+1.35*(log-low)
     mid = np.median(log[int(n*.3):int(n*.7):4, int(n*.2):int(n*.8):4])+.6*a.exposure-.15
-    return np.uint8(np.clip(255/(1+np.exp((mid-log)*a.contrast/.62))+.5, 0, 255))
+    return np.uint8(np.clip(255/(1+np.exp((mid-log)*a.contrast/.74))+.5, 0, 255))
 
 # %% ../nbs/00_data.ipynb #77723b59
 def render(a, size, rng):
@@ -335,14 +336,14 @@ def render(a, size, rng):
     for o in (im,m): o[:cut[0]] = o[size-cut[1]:] = o[:,:cut[2]] = o[:,size-cut[3]:] = 0                 # beam collimated, the rest blackened
     return im, m
 
-# %% ../nbs/00_data.ipynb #9df12833
+# %% ../nbs/00_data.ipynb #682d4ee2
 def to_dicom(a, im, uids):
     "A DICOM dataset with the elements of a SIIM_SMALL file, in that order (JPEG Baseline, PS3.5 A.4.1)"
     buf = BytesIO(); Image.fromarray(im).save(buf, 'JPEG', quality=92)
     ds,meta = Dataset(), FileMetaDataset()
     meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = JPEGBaseline8Bit, SecondaryCaptureImageStorage, uids[0]
     ds.file_meta = meta
-    mm = f'{FIELD*10/len(im):.6g}'
+    mm = f'{a.field*10/len(im):.6g}'
     elements = dict(SpecificCharacterSet='ISO_IR 100', SOPClassUID=SecondaryCaptureImageStorage, SOPInstanceUID=uids[0], StudyDate='19010101',
         StudyTime='000000.00', AccessionNumber='', Modality='CR', ConversionType='WSD', ReferringPhysicianName='', SeriesDescription=f'view: {a.view}',
         PatientName=a.id, PatientID=a.id, PatientBirthDate='', PatientSex=a.sex, PatientAge=str(a.age), BodyPartExamined='CHEST', ViewPosition=a.view,
@@ -445,7 +446,7 @@ def reachable(url, timeout=5):
 
 def short(p): "`p` with ~ for the home folder"; return str(p).replace(str(Path.home()), '~', 1)
 
-# %% ../nbs/00_data.ipynb #ac3485fa
+# %% ../nbs/00_data.ipynb #e490e309
 def siim_small(
     timeout=10 # seconds that the server may keep us waiting
 ) -> Path:     # folder with `train/<label>/*.dcm` and `labels.csv`
@@ -458,7 +459,8 @@ def siim_small(
         raise DownloadError(f'SIIM_SMALL is not here and no server answers for {url}: {cure}')
     before = socket.getdefaulttimeout()
     try: socket.setdefaulttimeout(timeout); return Path(untar_data(url))
-    except Exception as e: raise DownloadError(f'SIIM_SMALL could not be downloaded from {url} ({e or type(e).__name__}): {cure}') from e
+    except Exception as e: # the network, a full disk, a damaged archive
+        raise DownloadError(f'SIIM_SMALL could not be had from {url} ({(str(e).strip() or type(e).__name__).splitlines()[0]}): {cure}') from e
     finally: socket.setdefaulttimeout(before)
 
 # %% ../nbs/00_data.ipynb #d095ad03

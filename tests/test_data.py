@@ -1,0 +1,264 @@
+"The phantom (layout, masks, same bytes, no shortcut), its cache, and where data comes from on line and off."
+import functools, http.server, os, shutil, signal, socket, subprocess, sys, tarfile, threading, time
+
+import cv2, numpy as np, pandas as pd, pydicom, pytest
+from pydicom.uid import JPEGBaseline8Bit
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import GroupKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from dicomcam import data
+from dicomcam.data import DownloadError, get_data, phantom, siim_small
+
+# what shared by all SIIM_SMALL files, in their order: tag and VR
+SIIM = '''00080005CS 00080016UI 00080018UI 00080020DA 00080030TM 00080050SH 00080060CS 00080064CS 00080090PN 0008103ELO 00100010PN 00100020LO
+00100030DA 00100040CS 00101010AS 00180015CS 00185101CS 0020000DUI 0020000EUI 00200010SH 00200011IS 00200013IS 00200020CS 00280002US 00280004CS
+00280010US 00280011US 00280030DS 00280100US 00280101US 00280102US 00280103US 00282110CS 00282114CS 7FE00010OB'''.split()
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache')); monkeypatch.delenv('DICOMCAM_DATA', raising=False)
+    return tmp_path/'cache'/'dicomcam'
+
+@pytest.fixture(scope='module')
+def small(tmp_path_factory): return phantom(tmp_path_factory.mktemp('p')/'small', n=12, size=128, seed=5, n_jobs=1, progress=False)
+
+def read(p):
+    with pydicom.config.disable_value_validation(): return pydicom.dcmread(p)
+
+def content(p): return {str(f.relative_to(p)): f.read_bytes() for f in sorted(p.rglob('*')) if f.is_file()}
+def mask_of(p, f): return cv2.imread(str(p/'masks'/f.rsplit('/', 1)[1].replace('.dcm', '.png')), cv2.IMREAD_UNCHANGED)
+
+def run(code, env=None, **kw):
+    return subprocess.run([sys.executable, '-W', 'ignore', '-c', code], env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=120, **kw)
+
+# --- the phantom
+
+def test_same_bytes_whatever_the_processes(small, tmp_path):
+    two = phantom(tmp_path/'two', n=12, size=128, seed=5, n_jobs=2, progress=False)
+    assert content(small)==content(two)
+    assert content(small)!=content(phantom(tmp_path/'other', n=12, size=128, seed=6, progress=False))
+
+def test_layout(small):
+    df = pd.read_csv(small/'labels.csv'); box = pd.read_csv(small/'boxes.csv')
+    assert list(df.columns)==['file','label'] and list(box.columns)==['file','x','y','width','height'] and len(df)==12
+    assert sorted(df.file)==sorted(str(f.relative_to(small).as_posix()) for f in small.rglob('*.dcm'))
+    assert (df.file.str.split('/').str[1]==df.label).all() and set(df.label)=={'No Pneumothorax','Pneumothorax'}
+    ill = df.file[df.label=='Pneumothorax']
+    assert set(box.file)==set(ill) and {f.name for f in (small/'masks').iterdir()}=={f[-10:-4]+'.png' for f in ill}
+
+def test_masks_and_boxes_agree(small):
+    for f,*b in pd.read_csv(small/'boxes.csv').values:
+        m = mask_of(small, f)
+        assert m.dtype==np.uint8 and m.shape==read(small/f).pixel_array.shape and set(np.unique(m))=={0,255}
+        ys,xs = np.nonzero(m)
+        assert b==[xs.min(), ys.min(), np.ptp(xs)+1, np.ptp(ys)+1]
+
+def test_header_is_siims(small):
+    for f in small.rglob('*.dcm'):
+        ds = read(f)
+        assert [f'{int(e.tag):08X}{e.VR}' for e in ds]==SIIM
+        assert ds.file_meta.TransferSyntaxUID==JPEGBaseline8Bit and ds.Modality=='CR' and ds.PhotometricInterpretation=='MONOCHROME2'
+        assert str(ds.PatientName)==ds.PatientID and ds.PatientAge.isdigit() and ds.SeriesDescription==f'view: {ds.ViewPosition}'
+        im = ds.pixel_array
+        assert im.shape==(128,128) and im.dtype==np.uint8 and 70<im.mean()<190 and im.std()>35
+
+def test_patients_and_balance():
+    plan = data.plan(250, 42)
+    assert len({w for w,_ in plan})==209 and sum(p for _,p in plan)==75
+    assert [p for _,p in plan]!=sorted(p for _,p in plan) # labels are not in the order of the files
+
+def test_one_patient_one_anatomy(tmp_path):
+    p = phantom(tmp_path/'p', n=60, size=32, progress=False)
+    who = pd.DataFrame([(d.PatientID, d.PatientSex, d.PatientAge) for d in map(read, p.rglob('*.dcm'))], columns=['id','sex','age']).drop_duplicates()
+    assert who.id.is_unique and len(who)==50
+    assert len({read(f).SOPInstanceUID for f in p.rglob('*.dcm')})==60
+
+def pair(seed, size=256):
+    "the same study with and without its pneumothorax, with the lesion"
+    a = data.study(np.random.default_rng(seed), data.patient(np.random.default_rng(seed+100)), True)
+    ill,mask = data.layers(a, size); side = a.ptx.side
+    a.ptx = None; well,none = data.layers(a, size)
+    assert not none.any()
+    return ill, well, mask, side
+
+@pytest.mark.parametrize('seed', range(6))
+def test_lesion_is_air_without_vessels(seed):
+    ill,well,mask,side = pair(seed)
+    x = np.broadcast_to(data.grid(256)[0], mask.shape)
+    assert mask.any() and (x[mask]*side>-3).all()
+    assert np.abs(ill['lungs'])[mask].max()<1e-6 and ill['vessels'][mask].max()<1e-6 # nothing but air on those rays
+    assert well['lungs'][mask].min()>0                                            # where the same patient, well, has lung
+    assert np.allclose(ill['lungs'][x*side<-4], well['lungs'][x*side<-4])         # the other lung is as it was
+    beside = (~mask)&(well['lungs']>.1)&(x*side>4)
+    assert (ill['lungs'][beside]>=well['lungs'][beside]-1e-6).mean()>.9           # the lung left over is denser
+    assert ill['pleura'].max()>0 and np.max(well['pleura'])==0
+
+def test_scale_free():
+    ims = []
+    for size in (256,512,1024):
+        rng = np.random.default_rng(3)
+        im,m = data.render(data.study(rng, data.patient(np.random.default_rng(4)), True), size, rng)
+        ims.append([cv2.resize(o, (128,128), interpolation=cv2.INTER_AREA).astype(float) for o in (im,m)])
+    for im,m in ims[1:]:
+        assert np.corrcoef(im.ravel(), ims[0][0].ravel())[0,1]>.995
+        a,b = m>127, ims[0][1]>127
+        assert (a&b).sum()/(a|b).sum()>.95
+
+# --- no shortcut
+
+def features(p):
+    for f,label in pd.read_csv(p/'labels.csv').values:
+        d = read(p/f); im = d.pixel_array
+        yield dict(y=label=='Pneumothorax', id=d.PatientID, sex=d.PatientSex=='F', age=int(d.PatientAge), ap=d.ViewPosition=='AP',
+            spacing=float(d.PixelSpacing[0]), bytes=len(d.PixelData), mean=im.mean(), std=im.std(), min=im.min(), max=im.max(),
+            **{f'p{q}': np.percentile(im, q) for q in (1,5,10,25,50,75,90,95,99)})
+
+def auc(t, cols):
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
+    return roc_auc_score(t.y, cross_val_predict(model, t[cols].astype(float), t.y, groups=t.id, cv=GroupKFold(5), method='predict_proba')[:,1])
+
+def test_no_shortcut(tmp_path):
+    ts = [pd.DataFrame(features(phantom(tmp_path/str(s), n=250, size=128, seed=s, progress=False))) for s in (1,2,3)]
+    header = ['sex','age','ap','spacing','bytes']; pixel = [c for c in ts[0] if c not in header+['y','id']]
+    for cols in (header, pixel, header+pixel):
+        found = [auc(t, cols) for t in ts]
+        assert np.mean(found)<=.65, f'{cols}: {found}'
+    planted = ts[0].assign(mean=ts[0]['mean']+20*ts[0].y) # and one that is there is found
+    assert auc(planted, pixel)>.65
+
+# --- the cache
+
+def test_cache(cache):
+    p = phantom(n=2, size=32, progress=False)
+    assert p.parent==cache and (p/'phantom.json').exists() and [o.name for o in cache.iterdir()]==[p.name]
+    stamp = (p/'labels.csv').stat().st_mtime_ns
+    assert phantom(n=2, size=32, progress=False)==p and (p/'labels.csv').stat().st_mtime_ns==stamp
+    (p/'phantom.json').unlink() # not whole: made anew
+    assert phantom(n=2, size=32, progress=False)==p and (p/'phantom.json').exists()
+
+def test_cache_is_bounded(cache):
+    ps = []
+    for s in range(data.KEEP+2):
+        ps.append(phantom(n=2, size=32, seed=s, n_jobs=1, progress=False)); os.utime(ps[-1]/'phantom.json', (1e9+s,)*2)
+    assert len(list(cache.iterdir()))==data.KEEP and ps[-1].exists() and not ps[0].exists()
+
+def test_killed_run_leaves_nothing_half_written(cache):
+    code = 'from dicomcam.data import phantom; phantom(n=60, size=512, n_jobs=1, progress=False)'
+    p = subprocess.Popen([sys.executable, '-c', code], env=os.environ)
+    deadline = time.time()+60
+    while not list(cache.glob('.*/train/*/*.dcm')) and time.time()<deadline: time.sleep(.05)
+    p.send_signal(signal.SIGKILL); p.wait()
+    left = list(cache.iterdir())
+    assert len(left)==1 and left[0].name.endswith('.part')
+    phantom(n=2, size=32, n_jobs=1, progress=False)
+    assert left[0].exists() # it may belong to a run that is still going
+    os.utime(left[0], (1e9,1e9)); phantom(n=3, size=32, n_jobs=1, progress=False)
+    assert not left[0].exists()
+
+def test_failed_run_leaves_nothing(cache, monkeypatch):
+    def stop(*a): raise KeyboardInterrupt
+    monkeypatch.setattr(data, 'make_one', stop)
+    with pytest.raises(KeyboardInterrupt): phantom(n=2, size=32, n_jobs=1, progress=False)
+    assert not list(cache.iterdir())
+
+def test_two_processes_one_folder(cache):
+    code = 'from dicomcam.data import phantom; print(phantom(n=6, size=64, n_jobs=1, progress=False))'
+    ps = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    out = [p.communicate(timeout=120) for p in ps]
+    assert all(p.returncode==0 for p in ps), out
+    assert len({o[0] for o in out})==1 and len(list(cache.iterdir()))==1 and len(list(cache.rglob('*.dcm')))==6
+
+def test_dest(small, tmp_path):
+    (tmp_path/'empty').mkdir(); (tmp_path/'mine').mkdir(); (tmp_path/'mine'/'thesis.txt').write_text('x')
+    assert len(list(phantom(tmp_path/'empty', n=2, size=32, progress=False).rglob('*.dcm')))==2
+    for bad in ('mine', 'mine/thesis.txt'):
+        with pytest.raises(FileExistsError, match='not empty and not this phantom'): phantom(tmp_path/bad, n=2, size=32)
+    assert (tmp_path/'mine'/'thesis.txt').read_text()=='x' and not list(tmp_path.glob('.*'))
+    before = content(small)
+    assert phantom(small, n=12, size=128, seed=5)==small and content(small)==before
+    with pytest.raises(FileExistsError): phantom(small, n=12, size=128, seed=6)
+
+@pytest.mark.parametrize('kw', [dict(n=1), dict(n=0), dict(size=8)])
+def test_absurd_sizes(kw):
+    with pytest.raises(ValueError, match='at least'): phantom(**{'n':2, 'size':32, **kw})
+
+# --- SIIM_SMALL and get_data
+
+@pytest.fixture
+def siim(tmp_path, monkeypatch):
+    "fastai as on a fresh machine, and where it would download SIIM_SMALL from"
+    import fastai.data.external as ext
+    monkeypatch.setenv('FASTAI_HOME', str(tmp_path/'fastai')); ext.fastai_cfg.cache_clear()
+    def at(url): monkeypatch.setattr(ext.URLs, 'SIIM_SMALL', url); return tmp_path/'fastai'
+    yield at
+    ext.fastai_cfg.cache_clear()
+
+@pytest.fixture
+def server(tmp_path):
+    (tmp_path/'www').mkdir()
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *a): pass
+    s = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=str(tmp_path/'www')))
+    threading.Thread(target=s.serve_forever, daemon=True).start()
+    yield tmp_path/'www', f'http://127.0.0.1:{s.server_port}/siim_small.tgz'
+    s.shutdown(); s.server_close()
+
+def archive(small, fn):
+    with tarfile.open(fn, 'w:gz') as t: t.add(small/'train', 'siim_small/train'); t.add(small/'labels.csv', 'siim_small/labels.csv')
+
+def test_siim_small_downloads(siim, server, small, capsys):
+    www,url = server; home = siim(url); archive(small, www/'siim_small.tgz')
+    p = siim_small()
+    assert p.name=='siim_small' and home in p.parents and content(p/'train')==content(small/'train')
+    assert pd.read_csv(p/'labels.csv').shape==(12,2)
+    (www/'siim_small.tgz').unlink()
+    assert siim_small()==p and get_data()==p # no server needed any more
+    assert 'SIIM_SMALL: ' in capsys.readouterr().out.splitlines()[-1]
+
+def test_siim_small_from_an_archive_put_there(siim, small):
+    home = siim(f'http://127.0.0.1:{closed()}/siim_small.tgz')
+    with pytest.raises(DownloadError) as e: siim_small()
+    (home/'archive').mkdir(parents=True, exist_ok=True); archive(small, home/'archive'/'siim_small.tgz')
+    assert str(home/'archive'/'siim_small.tgz') in str(e.value)  # the place that the message names is the place looked at
+    assert content(siim_small()/'train')==content(small/'train')
+
+def closed():
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
+
+def refused(limit=12):
+    t = time.time()
+    with pytest.raises(DownloadError, match='phantom') as e: siim_small(timeout=4)
+    assert '\n' not in str(e.value) and time.time()-t<limit
+    return str(e.value)
+
+def test_offline_nothing_answers(siim): siim(f'http://127.0.0.1:{closed()}/siim_small.tgz'); refused()
+def test_offline_server_without_it(siim, server): siim(server[1]); assert '404' in refused()
+
+def test_offline_damaged_archive(siim, server):
+    www,url = server; siim(url); (www/'siim_small.tgz').write_bytes(b'not an archive'); refused()
+
+def test_offline_server_that_hangs(siim):
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0)); s.listen(5); siim(f'http://127.0.0.1:{s.getsockname()[1]}/siim_small.tgz'); refused()
+
+def test_offline_name_server_that_hangs(siim, monkeypatch):
+    siim('http://nowhere.invalid/siim_small.tgz')
+    monkeypatch.setattr(socket, 'getaddrinfo', lambda *a, **k: time.sleep(30)); refused()
+
+def test_get_data(siim, monkeypatch, small, tmp_path, capsys):
+    siim(f'http://127.0.0.1:{closed()}/siim_small.tgz')
+    monkeypatch.setattr(data, 'phantom', lambda: small)
+    assert get_data()==small and 'cannot be downloaded' in capsys.readouterr().out # it says so
+    assert get_data('phantom')==small==get_data(small)==get_data(str(small))
+    with pytest.raises(DownloadError): get_data('siim')
+    monkeypatch.setenv('DICOMCAM_DATA', str(small)); capsys.readouterr()
+    assert get_data()==small and capsys.readouterr().out.startswith('$DICOMCAM_DATA')
+    monkeypatch.setenv('DICOMCAM_DATA', str(tmp_path/'gone'))
+    with pytest.raises(FileNotFoundError, match=r'gone is not a folder \(\$DICOMCAM_DATA\).*labels.csv'): get_data()
+
+def test_light_import():
+    r = run('import sys, dicomcam.data; print([m for m in ("torch","fastai") if m in sys.modules])')
+    assert r.stdout.strip()=='[]', r.stderr
