@@ -1,4 +1,4 @@
-"""Get a folder of chest X-rays as DICOM to work with: real ones if you can download them, else a phantom built here from the physics of X-rays, whose lesions are known to the pixel.
+"""Get a folder of chest X-rays as DICOM: real ones where you can download them, else a phantom computed on the spot from the physics of X-rays, whose lesions are known to the pixel.
 
 Docs: https://dicomcam.github.io/dicomcam/data.html.md"""
 
@@ -22,11 +22,11 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEGBaseline8Bit, SecondaryCaptureImageStorage, generate_uid
 
-# %% ../nbs/00_data.ipynb #a6c89e95
+# %% ../nbs/00_data.ipynb #84c0e008
 FIELD = 42.                                              # side of the detector in cm
 MU = SimpleNamespace(soft=.19, bone=.32, metal=6.)       # attenuation per cm, as one effective beam energy sees it
 CLASSES = 'No Pneumothorax', 'Pneumothorax'
-VERSION = 1                                              # of the phantom: another number, another cache folder
+VERSION = 2                                              # of the phantom: another number, another cache folder
 KEEP = 8                                                 # phantoms kept in the cache
 
 def grid(
@@ -80,6 +80,23 @@ def tube(m, r, shell=None):
         d,r = np.maximum(0, d-shell), r-shell
         t -= 1.5*np.sqrt(np.maximum(0, 2*r*d-d*d))
     return t
+
+# %% ../nbs/00_data.ipynb #1170c1fa
+def blur(im, cm):
+    "Wide Gaussian blur of `cm`, done at about 128 pixels a side"
+    n = len(im); s = cv2.resize(im, (min(n,128),)*2, interpolation=cv2.INTER_AREA)
+    return cv2.resize(cv2.GaussianBlur(s, (0,0), cm*len(s)/FIELD, borderType=cv2.BORDER_REPLICATE), (n,n), interpolation=cv2.INTER_LINEAR)
+
+def film(a, att, rng):
+    "Line integrals `att` to an 8-bit radiograph: Beer-Lambert, scatter, quantum noise, detector blur, automatic exposure, film curve"
+    n = len(att); k = n/FIELD
+    beam = np.exp(-np.maximum(att, 0)); beam += a.scatter*blur(beam, 3.5)
+    per_pixel = a.photons*(10/k)**2/.17                                                                   # photons in the open beam
+    seen = np.maximum(beam+np.sqrt(beam/per_pixel)*rng.standard_normal((n,n), np.float32), 1e-4)
+    log = -np.log(cv2.GaussianBlur(seen, (0,0), .02*k+.3))
+    low = blur(log, 2.5); log = .8*low+1.35*(log-low)
+    mid = np.median(log[int(n*.3):int(n*.7):4, int(n*.2):int(n*.8):4])+.6*a.exposure-.15
+    return np.uint8(np.clip(255/(1+np.exp((mid-log)*a.contrast/.74))+.5, 0, 255))
 
 # %% ../nbs/00_data.ipynb #5164ffdf
 def tree(rng, side, depth=8):
@@ -180,15 +197,6 @@ def cavity(a, x, y, side, solid):
     above = .16*np.clip(dome/3.2+1, 0, 1)+.84/(1+np.exp(-np.clip(dome*5.7, -20, 20)))                  # some lung lies behind the dome
     return np.maximum(0, stack(x, lo+2*a.rot, hi+2*a.rot, depth)*inside*above-solid)
 
-# %% ../nbs/00_data.ipynb #80319cc3
-def retained(a, x, y):
-    "1 where a ray meets lung, 0 where it meets pleural air alone, on the side of the pneumothorax"
-    p = a.ptx
-    _,lat,inside = bounds(a, y, -15.2+p.drop)
-    f = np.clip((y+15.2-p.drop)/24, 0, 1)
-    gap = p.gap*(np.exp(-(f/.42)**2) if p.apical else 1-.55*f*f)
-    return np.where(inside, np.clip((lat-(lat-4)*gap-(x-2*a.rot)*p.side)/.1, 0, 1), 0)
-
 # %% ../nbs/00_data.ipynb #24f69a46
 def vessels(a, size):
     "Path (cm) through the vessels of both lungs, drawn in to the hilum where the lung has collapsed"
@@ -230,7 +238,7 @@ def ribs(a, size):
     front = draw(size, [(rib(a,i,s,1.5,2.55-.06*i), .68) for i in range(8) for s in (-1,1)])
     return tube(back, .62, .13)+.62*tube(front, .68, .13)
 
-# %% ../nbs/00_data.ipynb #94566a2d
+# %% ../nbs/00_data.ipynb #af54e485
 def girdle(a, size):
     "Path (cm) through the bone of collarbones, shoulder blades and upper arms"
     t,k = 0,size/FIELD
@@ -242,7 +250,7 @@ def girdle(a, size):
         d = cv2.distanceTransform((cv2.GaussianBlur(m, (0,0), .35*k)>127).astype(np.uint8), cv2.DIST_L2, 5)/k
         t = t+(d>0)*(.12+.5*np.exp(-((d-.25)/.25)**2))
         head = np.array([[18.4,-10.3],[18.6,-10.1]])*[s,1]+[0,a.clav*.3]
-        shaft = np.array([[18.7,-9.5],[18.9+.1*a.fat,4],[20.2,20]])*[s,1]
+        shaft = np.array([[18.6,-9.5],[18.7+.1*a.fat,4],[19.5,20]])*[s,1]
         t = t+.6*tube(draw(size, [(head,2.2)]), 2.2, .2)+tube(draw(size, [(shaft,1.15)]), 1.15, .35)
     return t
 
@@ -258,6 +266,17 @@ def spine(a, x, y):
     up = np.abs(phase-.12)*h
     for s in (-1,1): t = t+.7*np.exp(-((x-s*.72*w)/.28)**2-(up/.42)**2)                               # pedicles
     return t+1.1*np.exp(-(x/.22)**2-(up/.6)**2)+sternum                                                 # spinous processes
+
+# %% ../nbs/00_data.ipynb #01943d9f
+def retained(a, x, y):
+    "1 where a ray meets lung, 0 where it meets pleural air alone, on the side of the pneumothorax"
+    p,wall = a.ptx, bounds(a, y)[1]
+    med,lat,inside = bounds(a, y, -15.2+p.drop)
+    f = np.clip((y+15.2-p.drop)/24, 0, 1)
+    edge = lat-(lat-4)*p.gap*(np.maximum(0, 1-(f/.65)**2) if p.apical else 1-.55*f*f)
+    edge = np.where(wall-edge<.3, wall+1, edge)                                                          # no gap of less than 3 mm: the lung touches
+    s = (x-2*a.rot)*p.side
+    return np.where(inside, np.clip(np.minimum(edge-s, s-med)/.1, 0, 1), 0)
 
 # %% ../nbs/00_data.ipynb #6f57488c
 def layers(a, size):
@@ -308,23 +327,6 @@ def devices(a, size, rng):
         if has[4]: line([[.3,-22],[rng.normal(.2,.3),-12],[rng.normal(.2,.2),-7]], .35, 23)               # tracheal tube
         if has[5]: line([[-9,-15],[-6,-13.5],[-3,-11],[-2.2,-6],[-2,rng.uniform(-3,1)]], .2, 28)         # central venous line
     return MU.metal/255*cv2.GaussianBlur(m, (0,0), .03*k+.2).astype(np.float32)
-
-# %% ../nbs/00_data.ipynb #1170c1fa
-def blur(im, cm):
-    "Wide Gaussian blur of `cm`, done at about 128 pixels a side"
-    n = len(im); s = cv2.resize(im, (min(n,128),)*2, interpolation=cv2.INTER_AREA)
-    return cv2.resize(cv2.GaussianBlur(s, (0,0), cm*len(s)/FIELD, borderType=cv2.BORDER_REPLICATE), (n,n), interpolation=cv2.INTER_LINEAR)
-
-def film(a, att, rng):
-    "Line integrals `att` to an 8-bit radiograph: Beer-Lambert, scatter, quantum noise, detector blur, automatic exposure, film curve"
-    n = len(att); k = n/FIELD
-    beam = np.exp(-np.maximum(att, 0)); beam += a.scatter*blur(beam, 3.5)
-    per_pixel = a.photons*(10/k)**2/.17                                                                   # photons in the open beam
-    seen = np.maximum(beam+np.sqrt(beam/per_pixel)*rng.standard_normal((n,n), np.float32), 1e-4)
-    log = -np.log(cv2.GaussianBlur(seen, (0,0), .02*k+.3))
-    low = blur(log, 2.5); log = .8*low+1.35*(log-low)
-    mid = np.median(log[int(n*.3):int(n*.7):4, int(n*.2):int(n*.8):4])+.6*a.exposure-.15
-    return np.uint8(np.clip(255/(1+np.exp((mid-log)*a.contrast/.74))+.5, 0, 255))
 
 # %% ../nbs/00_data.ipynb #77723b59
 def render(a, size, rng):
