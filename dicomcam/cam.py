@@ -72,7 +72,7 @@ def _seen_box(tfms, rows, cols):
         box = int(.5*(cols-w)), int(.5*(rows-h)), w, h
     return box
 
-# %% ../nbs/05_cam.ipynb #bef8e23a
+# %% ../nbs/05_cam.ipynb #20a52f7a
 class Heatmaps:
     "Raw maps of some images, and what it takes to show them and to lay them over the originals."
     def __init__(self,
@@ -84,9 +84,10 @@ class Heatmaps:
         method,     # 'cam', 'gradcam', ...
         items=None, # Files, if the images came from files
         tfms=(),    # Item transforms that the files went through
-        asked=None  # Layers as the caller gave them
+        asked=None, # Layers as the caller gave them
+        norm=None   # fastai's `Normalize`, if the network's input went through it
     ):
-        self.raw, self.images, self.probs, self.method, self.items, self.tfms = raw, images, probs, method, items, tfms
+        self.raw, self.images, self.probs, self.method, self.items, self.tfms, self.norm = raw, images, probs, method, items, tfms, norm
         self.classes, self.layers, self.asked, self._sizes = list(classes), list(layers), list(asked or layers), {}
 
     def __len__(self): return len(self.images)
@@ -94,6 +95,11 @@ class Heatmaps:
     def __repr__(self):
         sizes = ', '.join(f'{n} ({r.shape[-2]} x {r.shape[-1]})' for n, r in zip(self.layers, self.raw))
         return f'{self.method} of {len(self)} images; classes {", ".join(map(str, self.classes))}; layers {sizes}'
+
+    @property
+    def inputs(self):
+        "What the network was given, (n, c, h, w)."
+        return (self.images-_cpu(self.norm.mean))/_cpu(self.norm.std) if self.norm else self.images
 
     @property
     def maps(self):
@@ -299,7 +305,7 @@ def _batches(learn, items, like):
         xs = (b[0] for b in learn.dls.test_dl(files, num_workers=0))
     return files, (x.as_subclass(torch.Tensor).detach().clone().to(like.device, like.dtype) for x in xs)
 
-# %% ../nbs/05_cam.ipynb #4a4170eb
+# %% ../nbs/05_cam.ipynb #94c931a6
 def _scores(model, xb):
     "Class scores of one forward pass, (n, classes) in float32, before softmax or sigmoid."
     try: out = model(xb)
@@ -314,6 +320,11 @@ def _two_sided(scores):
     "A single logit z, (n, 1), becomes the scores -z and z of the two classes that it tells apart."
     return torch.cat([-scores, scores], 1) if scores.shape[1] == 1 else scores
 
+def _to_probs(learn, act=None):
+    "Function from scores (n, classes) to probabilities: `act`, else the activation of the Learner's loss, else softmax; sigmoid for a single logit."
+    act = act or getattr(learn and learn.loss_func, 'activation', None) or partial(torch.softmax, dim=-1)
+    return lambda out: torch.sigmoid(_two_sided(out)) if out.shape[1] == 1 else act(out)
+
 def _pick(classes, vocab, k):
     "Positions and names of the classes asked for, of `k`."
     names = list(vocab) if vocab is not None and len(vocab) == k else list(range(k))
@@ -321,24 +332,25 @@ def _pick(classes, vocab, k):
     idx = [_find_class(c, names) for c in (names if classes is None else _several(classes))]
     return idx, [names[i] for i in idx]
 
-# %% ../nbs/05_cam.ipynb #181e88be
+# %% ../nbs/05_cam.ipynb #fb628391
 def _explain(learn_or_model, items, one, classes, act, method, asked=None):
     "`Heatmaps` of `items`, by `one(model, batch, pick) -> raw maps of each layer, scores, layer names`. The model is left as it was found."
     learn, model = _split(learn_or_model)
-    act = act or getattr(learn and learn.loss_func, 'activation', None) or partial(torch.softmax, dim=-1)
-    pick = partial(_pick, classes, getattr(learn and learn.dls, 'vocab', None))
-    files, xs = _batches(learn, items, next(model.parameters()))
+    to_probs, pick = _to_probs(learn, act), partial(_pick, classes, getattr(learn and learn.dls, 'vocab', None))
     parts = []
     with as_found(model):
+        files, xs = _batches(learn, items, next(model.parameters()))
         for xb in xs:
             raw, out, layers = one(model, xb, pick)
-            p = torch.sigmoid(_two_sided(out)) if out.shape[1] == 1 else act(out)
+            p = to_probs(out)
             idx, names = pick(p.shape[1])
             parts.append([o.detach().float().cpu() for o in (xb, p[:, idx], *raw)])
-    images, probs, *raws = map(torch.cat, zip(*parts))
-    for t in learn.dls.valid.after_batch.fs if learn else ():
-        if isinstance(t, Normalize): images = images*t.std.cpu().as_subclass(torch.Tensor) + t.mean.cpu().as_subclass(torch.Tensor)
-    return Heatmaps(raws, images, probs, names, layers, method, files, learn.dls.valid.after_item.fs if files else (), asked)
+        images, probs, *raws = map(torch.cat, zip(*parts))
+    norm = next((t for t in learn.dls.valid.after_batch.fs if isinstance(t, Normalize)), None) if learn else None
+    if norm: images = images*_cpu(norm.std) + _cpu(norm.mean)
+    return Heatmaps(raws, images, probs, names, layers, method, files, learn.dls.valid.after_item.fs if files else (), asked, norm)
+
+def _cpu(t): return t.detach().cpu().as_subclass(torch.Tensor)
 
 # %% ../nbs/05_cam.ipynb #247aecac
 def _cam_batch(model, xb, pick):

@@ -16,21 +16,21 @@ from torch import nn
 from .cam import (Heatmaps, _conv_stages, _explain, _is_map, _last_stage, _scores, _several, _split, _two_sided,
                           layer_name, outputs_of)
 
-# %% ../nbs/06_gradcam.ipynb #2a637810
+# %% ../nbs/06_gradcam.ipynb #8d261bb8
 METHODS = {} # name -> (function, whether it uses the gradient)
 
 def cam_method(
     name,      # What to call it
     grad=True, # Does it use the gradient?
 ):
-    "Decorator: puts a function of activation and gradient, both (n, c, h, w) in float32, to a raw map (n, h, w) into `METHODS`."
+    "Decorator: puts a function of activation and gradient, both (n, c, h, w), to a raw map (n, h, w) into `METHODS`."
     def put(f):
         METHODS[name] = f, grad
         return f
     return put
 
-# %% ../nbs/06_gradcam.ipynb #06066d90
-def _weighted(w, a): return torch.einsum('nc,ncij->nij', w, a)
+# %% ../nbs/06_gradcam.ipynb #cc23c4c1
+def _weighted(w, a): return (w[:, :, None, None]*a).sum(1)
 
 @cam_method('gradcam')
 def _gradcam(a, g):
@@ -79,7 +79,9 @@ def _check(acts, names):
             got = f'shape {tuple(acts[n].shape)}' if isinstance(acts[n], torch.Tensor) else type(acts[n]).__name__
             raise ValueError(f'Layer {n} has no spatial extent: it returns {got}, wanted (n, c, h, w) of more than one position. Take an earlier layer.')
 
-# %% ../nbs/06_gradcam.ipynb #5c113aae
+# %% ../nbs/06_gradcam.ipynb #231a1ac5
+def _wide(t): return t if t.dtype == torch.float64 else t.float()
+
 def _gradcam_batch(model, xb, pick, layers, f, grad):
     "Raw maps of one batch: one forward pass, then one pass back a class, down to the earliest layer. `f` and `grad` are of `METHODS`."
     names = layers or _conv_stages(model)
@@ -93,7 +95,7 @@ def _gradcam_batch(model, xb, pick, layers, f, grad):
         if scores.requires_grad: gs = torch.autograd.grad(scale*scores[:, k].sum(), xs, retain_graph=j+1 < len(idx), allow_unused=True)
         for r, a, g, n in zip(raw, xs, gs, names):
             if grad and g is None: raise ValueError(f'The scores do not depend on layer {n} in a way that autograd can follow. Name a layer on the way to them.')
-            with torch.no_grad(), torch.autocast(xb.device.type, enabled=False): r.append(f(a.detach().float(), g.float()/scale if grad else None))
+            with torch.no_grad(), torch.autocast(xb.device.type, enabled=False): r.append(f(_wide(a.detach()), _wide(g)/scale if grad else None))
     return [torch.stack(r, 1) for r in raw], out, names
 
 # %% ../nbs/06_gradcam.ipynb #8f96765f

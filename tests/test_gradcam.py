@@ -1,0 +1,249 @@
+"Every method against other libraries or its formula, on several networks; the modes, formats and precisions that it must work in"
+import gc
+
+import pytest, torch
+from fastai.vision.all import xresnet18, Mish
+from test_cam import batch, lively, make, same, state
+from torch import nn
+from torchvision.models import densenet121, resnet18
+
+from dicomcam.gradcam import METHODS, cam_method, gradcam
+
+LAYERS = dict(xresnet18=['4', '6', '7'], xresnet50=['5', '7'], resnet18=['layer2', 'layer4.1'], densenet121=['features.denseblock2', 'features.denseblock4', 'features'])
+CUDA = pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA GPU'))
+
+def nearly(a, b, rel=1e-6):
+    "Largest difference as a share of the largest value, in float64"
+    a, b = a.double(), b.double()
+    assert a.shape == b.shape and (a-b).abs().max() <= rel*b.abs().max(), f'{(a-b).abs().max()/b.abs().max():.1e}'
+
+@pytest.fixture(params=LAYERS)
+def net(request): return request.param, make(request.param).eval()
+
+def test_gradcam_as_captum_has_it(net):
+    captum = pytest.importorskip('captum.attr')
+    name, net = net
+    h = gradcam(net, batch(), layers=LAYERS[name])
+    for l, r in zip(h.layers, h.raw):
+        attr = captum.LayerGradCam(net, net.get_submodule(l))
+        for k in range(3):
+            nearly(r[:, k].relu(), attr.attribute(batch(), k, relu_attributions=True)[:, 0].detach())
+            nearly(r[:, k], attr.attribute(batch(), k)[:, 0].detach())
+
+def test_gradcam_as_torchcam_has_it(net):
+    torchcam = pytest.importorskip('torchcam.methods')
+    name, net = net
+    layers = [l for l in LAYERS[name] if l != 'features'] # torchcam keeps the tensor that DenseNet's last ReLU overwrites
+    h = gradcam(net, batch(), layers=layers)
+    with torchcam.GradCAM(net, layers) as extract:
+        out = net(batch())
+        for k in range(3):
+            for r, o in zip(h.raw, extract(k, out, normalized=False, retain_graph=True)): nearly(r[:, k].relu(), o)
+
+def test_hirescam_as_captum_has_it(net):
+    captum = pytest.importorskip('captum.attr')
+    name, net = net
+    h = gradcam(net, batch(), layers=LAYERS[name], method='hirescam')
+    for l, r in zip(h.layers, h.raw):
+        attr = captum.LayerGradientXActivation(net, net.get_submodule(l))
+        for k in range(3): nearly(r[:, k], attr.attribute(batch(), k).sum(1).detach())
+
+def activation_and_gradient(net, layer, x, k):
+    "By another road: the layer's output replaced by a leaf of our own, the score differentiated in float64"
+    kept = {}
+    with torch.no_grad():
+        hook = net.get_submodule(layer).register_forward_hook(lambda m, i, o: kept.update(a=o.clone()))
+        net(x)
+    hook.remove()
+    leaf = kept['a'].requires_grad_()
+    hook = net.get_submodule(layer).register_forward_hook(lambda m, i, o: leaf.clone())
+    net(x)[:, k].sum().backward()
+    hook.remove()
+    return leaf.detach(), leaf.grad
+
+def written_out(method, a, g):
+    "The formulas of the papers, one channel and one position at a time"
+    n, c, h, w = a.shape
+    out = torch.zeros(n, h, w, dtype=torch.float64)
+    for i in range(n):
+        for k in range(c):
+            A, G = a[i, k], g[i, k]
+            weight = 0.
+            if method == 'gradcam++':
+                for y in range(h):
+                    for x in range(w):
+                        d = 2*G[y, x]**2 + A.sum()*G[y, x]**3
+                        weight += (G[y, x]**2/d if d != 0 else 0.)*max(G[y, x], 0.)
+            elif method == 'xgradcam': weight = (A*G).sum()/A.sum() if A.sum() != 0 else 0.
+            elif method == 'gradcam': weight = G.sum()/(h*w)
+            elif method == 'hirescam': weight = G
+            elif method == 'layercam': weight = G.clamp(min=0)
+            out[i] += weight*A
+    return out
+
+@pytest.mark.parametrize('method', ['gradcam', 'gradcam++', 'xgradcam', 'hirescam', 'layercam'])
+@pytest.mark.parametrize('arch,layer', [('xresnet18', '6'), ('resnet18', 'layer4'), ('densenet121', 'features.denseblock4')])
+def test_methods_against_their_formulas_in_float64(method, arch, layer):
+    net = make(arch).double().eval()
+    x = batch(1, size=64).double()
+    h = gradcam(net, x, 1, layer, method)
+    nearly(h.raw[0][:, 0], written_out(method, *activation_and_gradient(net, layer, x, 1)), 1e-5)
+
+def test_methods_where_they_divide_by_zero():
+    a, g = torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 3, 3)
+    for f, _ in METHODS.values():
+        assert (f(a, g) == 0).all()
+        assert f(a+1, g).isfinite().all() and f(a, g+1).isfinite().all()
+
+def test_eigencam_is_the_first_principal_direction():
+    net = make('resnet18').eval()
+    h = gradcam(net, batch(), layers='layer3', method='eigencam')
+    a, _ = activation_and_gradient(net, 'layer3', batch(), 0)
+    for i in range(2):
+        x = a[i].flatten(1).double()
+        val, vec = torch.linalg.eigh(x@x.T)
+        m = (vec[:, -1]@x).view(6, 6)
+        nearly(h.raw[0][i, 0], m*m.sum().sign(), 1e-4)
+    assert (h.raw[0] >= 0).all() and torch.equal(h.raw[0][:, 0], h.raw[0][:, 2]) # after a ReLU, of one sign; the same for all classes
+
+# one forward pass, and no more of autograd than needed
+
+def test_one_forward_for_all_classes_and_layers():
+    net, n = make('resnet18'), []
+    hook = net.register_forward_hook(lambda *a: n.append(1))
+    h = gradcam(net, batch(4), layers=['layer1', 'layer2', 'layer3', 'layer4'])
+    hook.remove()
+    assert len(n) == 1 and h.maps.shape == (4, 3, 4, 96, 96)
+    for i in range(4): # a batch is its images
+        for r, o in zip(gradcam(net, batch(4)[i:i+1], layers=['layer1', 'layer2', 'layer3', 'layer4']).raw, h.raw): nearly(r[0], o[i], 1e-4)
+
+def test_no_parameter_gradients():
+    net = make('resnet18')
+    for m in METHODS: gradcam(net, batch(), method=m)
+    assert all(p.grad is None and p.requires_grad for p in net.parameters())
+
+def test_backward_stops_at_the_earliest_layer():
+    net, seen = make('resnet18').eval(), []
+    hooks = [getattr(net, n).register_full_backward_hook(lambda m, gi, go, n=n: seen.append(n)) for n in ('layer1', 'layer2', 'layer4')]
+    gradcam(net, batch(), classes=0, layers='layer3')
+    for o in hooks: o.remove()
+    assert seen == ['layer4']
+
+def test_thousand_calls_grow_no_memory():
+    net, x = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)), torch.randn(2, 1, 12, 12)
+    def tensors():
+        gc.collect()
+        return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+    for _ in range(3): gradcam(net, x)
+    before = tensors()
+    for _ in range(1000): gradcam(net, x)
+    assert tensors() <= before
+
+# whatever the caller's mode
+
+@pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize('frozen', [False, True])
+def test_modes_and_frozen_parameters(mode, frozen):
+    net = make('resnet18')
+    expected = gradcam(net, batch(), layers=['layer2', 'layer4'])
+    net.requires_grad_(not frozen)
+    before = state(net)
+    with mode(): got = gradcam(net, batch(), layers=['layer2', 'layer4'])
+    assert same(state(net), before)
+    for a, b in zip(got.raw, expected.raw): assert torch.equal(a, b) and not a.requires_grad and not a.is_inference()
+
+class Block(nn.Module):
+    def __init__(self, inplace):
+        super().__init__()
+        self.conv, self.act, self.conv2, self.head = nn.Conv2d(3, 8, 3), nn.ReLU(inplace), nn.Conv2d(8, 8, 3), nn.Linear(8, 3)
+    def forward(self, x):
+        x = self.conv2(self.act(self.conv(x)))
+        x = x.mul_(2) if self.act.inplace else x*2
+        return self.head(self.act(x).mean((2, 3)))
+
+@pytest.mark.parametrize('method', METHODS)
+def test_in_place_after_the_layer(method):
+    torch.manual_seed(0)
+    a, b = Block(False), Block(True)
+    b.load_state_dict(a.state_dict())
+    for layers in ('conv', 'conv2', ['conv', 'conv2'], ['conv', 'act', 'conv2']):
+        for p, q in zip(gradcam(a, batch(), layers=layers, method=method).raw, gradcam(b, batch(), layers=layers, method=method).raw): assert torch.equal(p, q)
+
+@pytest.mark.parametrize('device', ['cpu', CUDA])
+@pytest.mark.parametrize('how', ['channels_last', 'bfloat16', 'float16', 'autocast bfloat16', 'autocast float16'])
+@pytest.mark.parametrize('method', ['gradcam', 'hirescam', 'eigencam'])
+def test_formats_and_precisions(device, how, method):
+    net, x = make('resnet18').to(device), batch(4).to(device)
+    exact = gradcam(net, x, layers=['layer3', 'layer4'], method=method)
+    if how == 'channels_last': net, x = net.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    elif how in ('bfloat16', 'float16'): net, x = net.to(getattr(torch, how)), x.to(getattr(torch, how))
+    with torch.autocast(device, getattr(torch, how.split()[-1]) if 'autocast' in how else None, enabled='autocast' in how): got = gradcam(net, x, layers=['layer3', 'layer4'], method=method)
+    for a, b in zip(got.raw, exact.raw):
+        assert a.dtype == torch.float32 and a.device.type == 'cpu'
+        alike = torch.cosine_similarity(a.flatten(2), b.flatten(2), dim=2).min()
+        assert alike > (.99999 if how == 'channels_last' else .95 if 'bfloat16' in how else .995), alike
+
+def test_small_gradients_survive_float16():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    net[-1].weight.data.mul_(2e-4)
+    x = torch.rand(1, 1, 34, 34)
+    a, b = gradcam(net, x, layers=0), gradcam(net.half(), x.half(), layers=0)
+    nearly(b.raw[0], a.raw[0], .05)
+
+# heads, layers, names
+
+def test_layers_by_module_index_and_name():
+    net = make('xresnet18')
+    h = gradcam(net, batch(), layers=[net[-6], -5, '4.0'])
+    assert h.layers == ['6', '7', '4.0'] and [h.layer(o) for o in (net[-6], -5, '4.0', '6', None)] == [0, 1, 2, 0, 2]
+    assert torch.equal(gradcam(net, batch()).raw[0], gradcam(net, batch(), layers=-5).raw[0])
+    with pytest.raises(ValueError, match='No map of layer'): h.layer(-8)
+
+def test_classes_by_number_and_repeated():
+    net = make('resnet18')
+    h = gradcam(net, batch())
+    g = gradcam(net, batch(), classes=[2, -1, 0])
+    assert g.classes == [2, 2, 0] and torch.equal(g.raw[0], h.raw[0][:, [2, 2, 0]]) and torch.equal(g.probs, h.probs[:, [2, 2, 0]])
+
+def test_multilabel_probabilities():
+    net = make('resnet18').eval()
+    with torch.no_grad(): p = net(batch()).sigmoid()
+    torch.testing.assert_close(gradcam(net, batch(), act=torch.sigmoid).probs, p)
+
+def test_score_vector_for_a_single_logit():
+    class One(nn.Module):
+        def __init__(self): super().__init__(); self.net = lively(resnet18(num_classes=1))
+        def forward(self, x): return self.net(x)[:, 0]
+    torch.manual_seed(0)
+    h = gradcam(One(), batch())
+    assert h.classes == [0, 1] and torch.equal(h.raw[0][:, 0], -h.raw[0][:, 1])
+    torch.testing.assert_close(h.probs.sum(1), torch.ones(2))
+
+class Unused(nn.Module):
+    def __init__(self): super().__init__(); self.net, self.spare, self.side = resnet18(num_classes=2), nn.Conv2d(3, 2, 3), nn.Conv2d(3, 2, 3)
+    def forward(self, x): self.side(x); return self.net(x)
+
+@pytest.mark.parametrize('layer,match', [('spare', 'did not run'), ('side', 'do not depend'), ('net.fc', 'no spatial extent'), ('net.avgpool', 'no spatial extent')])
+def test_layers_that_cannot_be(layer, match):
+    with pytest.raises(ValueError, match=match): gradcam(Unused(), batch(), layers=['net.layer4', layer])
+
+def test_methods_by_name():
+    with pytest.raises(ValueError, match='there are gradcam, '): gradcam(make('resnet18'), batch(), method='gradkam')
+    @cam_method('mine')
+    def mine(a, g): return a.sum(1)
+    try: assert gradcam(make('resnet18'), batch(), method='mine').method == 'mine'
+    finally: del METHODS['mine']
+
+def test_default_stage_of_other_networks():
+    from torchvision.models import efficientnet_b0, mobilenet_v3_small, squeezenet1_1, vgg11
+    names = {f.__name__: gradcam(f(num_classes=2), batch(1), classes=1).layers[0] for f in (densenet121, vgg11, efficientnet_b0, mobilenet_v3_small, squeezenet1_1)}
+    assert names == dict(densenet121='features', vgg11='features', efficientnet_b0='features', mobilenet_v3_small='features', squeezenet1_1='classifier.1')
+    assert gradcam(nn.Sequential(nn.Identity(), xresnet18(n_out=2, act_cls=Mish)), batch(1)).layers == ['1.7']
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA GPU')
+def test_cuda_gives_what_cpu_gives():
+    net = make('xresnet18')
+    a = gradcam(net, batch(), layers=[-6, -5])
+    b = gradcam(net.cuda(), batch(), layers=[-6, -5])
+    for p, q in zip(a.raw, b.raw): nearly(q, p, 1e-3)
