@@ -22,11 +22,11 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEGBaseline8Bit, SecondaryCaptureImageStorage, generate_uid
 
-# %% ../nbs/00_data.ipynb #84c0e008
+# %% ../nbs/00_data.ipynb #641415a7
 FIELD = 42.                                              # side of the detector in cm
 MU = SimpleNamespace(soft=.19, bone=.32, metal=6.)       # attenuation per cm, as one effective beam energy sees it
 CLASSES = 'No Pneumothorax', 'Pneumothorax'
-VERSION = 2                                              # of the phantom: another number, another cache folder
+VERSION = 3                                              # of the phantom: another number, another cache folder
 KEEP = 8                                                 # phantoms kept in the cache
 
 def grid(
@@ -130,7 +130,7 @@ def patient(rng):
     a.trees = {s: tree(rng, s) for s in (-1,1)}
     return a
 
-# %% ../nbs/00_data.ipynb #2eed5834
+# %% ../nbs/00_data.ipynb #7e96b6c0
 def study(rng, a, ptx=False):
     "Patient `a` before the machine: view, pose, breath, exposure and, where `ptx`, a pneumothorax"
     a = SimpleNamespace(**vars(a))
@@ -140,9 +140,10 @@ def study(rng, a, ptx=False):
     a.rot, a.roll = rng.normal(0, .06 if ap else .03), np.deg2rad(rng.normal(0, 3.5 if ap else 1.5))
     a.shift, a.zoom = rng.normal(0, .9, 2), rng.uniform(1.12,1.25) if ap else rng.uniform(1.06,1.18)
     a.warp = rng.normal(0, .16, (2,4,4))
-    a.exposure, a.contrast, a.photons = rng.normal(0,.22), rng.uniform(.72,1.02), 10**rng.uniform(3.6,4.5)
+    a.exposure, a.contrast, a.photons = rng.normal(0,.22), rng.uniform(.72,1.02), 10**rng.uniform(3.4,4.6)
+    a.grain = rng.uniform(.02, .1)
     a.scatter = rng.uniform(.14,.28) if ap else rng.uniform(.07,.14)
-    a.clav, a.scap = rng.uniform(-1,2), rng.uniform(-4.5,-2) if ap else rng.uniform(-.8,1.2)
+    a.clav, a.scap = rng.uniform(-.6,1.6), rng.uniform(-4.5,-2) if ap else rng.uniform(-.8,1.2)
     a.field = float(rng.choice([40,42,43.2]))                                                            # the detector's side in cm
     a.shutter = rng.uniform(-.08, .04, 4)
     apical,side = rng.random()<.5, int(rng.choice([-1,1]))
@@ -238,20 +239,20 @@ def ribs(a, size):
     front = draw(size, [(rib(a,i,s,1.5,2.55-.06*i), .68) for i in range(8) for s in (-1,1)])
     return tube(back, .62, .13)+.62*tube(front, .68, .13)
 
-# %% ../nbs/00_data.ipynb #af54e485
+# %% ../nbs/00_data.ipynb #e8390029
 def girdle(a, size):
     "Path (cm) through the bone of collarbones, shoulder blades and upper arms"
     t,k = 0,size/FIELD
     for s in (-1,1):
-        c = np.array([[1.9,-11.3],[5,-12.3],[8.5,-13.3],[11.5,-13.2],[15,-14.2]])*[s,1]+[7*a.rot,a.clav]
+        c = np.array([[1.9,-10.4],[5,-11.2],[8.5,-11.8],[11.5,-11.4],[15,-10.6]])*[s,1]+[7*a.rot,a.clav]
         t = t+tube(draw(size, [(smooth(c),.62)]), .62, .16)
-        blade = np.array([[11.2,-11.5],[16.3,-11.2],[15.4,-6.5],[12.6,2.2],[11.4,1.8],[10.7,-5]])+[a.scap,a.clav*.4]
+        blade = np.array([[11.2,-10],[15.9,-9.2],[15.2,-5],[12.6,3],[11.4,2.6],[10.7,-4]])+[a.scap,a.clav*.4]
         m = cv2.fillPoly(np.zeros((size,size), np.uint8), [pixels(blade*[s,1], size)], 255, cv2.LINE_AA, 4)
         d = cv2.distanceTransform((cv2.GaussianBlur(m, (0,0), .35*k)>127).astype(np.uint8), cv2.DIST_L2, 5)/k
         t = t+(d>0)*(.12+.5*np.exp(-((d-.25)/.25)**2))
-        head = np.array([[18.4,-10.3],[18.6,-10.1]])*[s,1]+[0,a.clav*.3]
-        shaft = np.array([[18.6,-9.5],[18.7+.1*a.fat,4],[19.5,20]])*[s,1]
-        t = t+.6*tube(draw(size, [(head,2.2)]), 2.2, .2)+tube(draw(size, [(shaft,1.15)]), 1.15, .35)
+        head = np.array([[17.6,-6.9],[17.7,-6.7]])*[s,1]+[0,a.clav*.3]
+        shaft = np.array([[17.8,-6],[18.5+.1*a.fat,4],[19.5,20]])*[s,1]
+        t = t+.6*tube(draw(size, [(head,2)]), 2, .2)+tube(draw(size, [(shaft,1.15)]), 1.15, .35)
     return t
 
 # %% ../nbs/00_data.ipynb #3a71f99a
@@ -278,7 +279,7 @@ def retained(a, x, y):
     s = (x-2*a.rot)*p.side
     return np.where(inside, np.clip(np.minimum(edge-s, s-med)/.1, 0, 1), 0)
 
-# %% ../nbs/00_data.ipynb #6f57488c
+# %% ../nbs/00_data.ipynb #2252d24a
 def layers(a, size):
     "Line integrals of attenuation, part by part ({name: (size,size)}; air counts negative), and the lesion (bool)"
     x,y = grid(size)
@@ -294,7 +295,7 @@ def layers(a, size):
         rim = cv2.dilate(mask.astype(np.uint8), np.ones((3,3)))*(keep>0)*(mine>.8)
         line = cv2.GaussianBlur(rim.astype(np.float32), (0,0), .06*size/FIELD+.3)*.45
     vis = np.clip(both/1.5, 0, 1)*(rho/a.density>.5)
-    return {'torso': MU.soft*torso(a, x, y), 'cavities': -MU.soft*both, 'lungs': MU.soft*rho*(1+.06*mesh)*both,
+    return {'torso': MU.soft*torso(a, x, y), 'cavities': -MU.soft*both, 'lungs': MU.soft*rho*(1+a.grain*mesh)*both,
             'vessels': 2.*MU.soft*vessels(a, size)*vis, 'pleura': MU.soft*line,
             'airways': -1.1*MU.soft*np.minimum(airways(a, x, y), 6),
             'bones': MU.bone*(.8*ribs(a, size)+1.1*girdle(a, size)+.5*spine(a, x, y))}, mask
