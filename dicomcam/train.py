@@ -156,11 +156,11 @@ def dicom_learner(
     learn.setup = dict(arch=arch.__name__, act_cls=act_cls.__name__, sa=sa)
     return learn
 
-# %% ../nbs/03_train.ipynb #597f91b4
+# %% ../nbs/03_train.ipynb #a3f15bf7
 def default_recipe() -> dict: # arch, size, bs, epochs, lr
     "What to train on this machine: xresnet50 at 400 px where there is a CUDA GPU, xresnet18 at 160 px on a CPU."
     if torch.cuda.is_available(): return dict(arch='xresnet50', size=400, bs=8, epochs=5, lr=5e-4)
-    return dict(arch='xresnet18', size=160, bs=16, epochs=8, lr=4e-3)
+    return dict(arch='xresnet18', size=144, bs=8, epochs=10, lr=5e-3)
 
 # %% ../nbs/03_train.ipynb #92255aea
 _acts = dict(Mish=Mish, ReLU=torch.nn.ReLU, SiLU=torch.nn.SiLU, GELU=torch.nn.GELU) # what a model file may name
