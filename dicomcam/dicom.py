@@ -1,4 +1,4 @@
-"""A file format and a network protocol; what is inside a file; and how to get from its bytes to the picture a viewer shows
+"""You take an X-ray file apart down to its bytes, and put it together again into the picture a viewer shows. On the way you see where the usual tutorials show a wrong picture without a word.
 
 Docs: https://dicomcam.github.io/dicomcam/dicom.html.md"""
 
@@ -6,8 +6,8 @@ Docs: https://dicomcam.github.io/dicomcam/dicom.html.md"""
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'DECODER_DEPENDENCIES', 'PLUGINS', 'DicomError', 'is_dicom', 'read_dicom', 'transfer_syntax',
-           'pixel_options', 'is_available', 'stored_pixels', 'grey_header', 'modality', 'voi', 'levels', 'level_counts',
-           'dicom_pixels', 'PILDicom', 'TensorDicom']
+           'pixel_options', 'is_available', 'decode', 'stored_pixels', 'grey_header', 'modality', 'voi', 'levels',
+           'level_counts', 'dicom_pixels', 'PILDicom', 'TensorDicom']
 
 # %% ../nbs/01_dicom.ipynb #faa85700
 import io, re, stat, struct, zlib
@@ -77,23 +77,6 @@ def _check_inflated(
         if d.eof: break
     f.seek(0)
 
-# %% ../nbs/01_dicom.ipynb #aeffcf65
-def read_dicom(
-    src, # path, bytes, open file, or a pydicom `Dataset`, which is handed back
-    pixels:bool=True, # read the pixel data too?
-    max_pixels:int=MAX_PIXELS, # a deflated file may inflate to two bytes for each
-) -> Dataset:
-    "Read a DICOM file, with or without the prefix of PS3.10. Raises `DicomError` naming the file"
-    if isinstance(src, Dataset): return src
-    if isinstance(src, (bytes,bytearray)): src = io.BytesIO(src)
-    if hasattr(src, 'read'): return _read(src, getattr(src, 'name', 'bytes'), pixels, max_pixels)
-    name = str(src)
-    with _dicom_errors(name):
-        st = Path(src).stat()
-        if stat.S_ISDIR(st.st_mode): raise DicomError(f'{name}: is a folder, not a file')
-        if not stat.S_ISREG(st.st_mode): raise DicomError(f'{name}: is not a regular file')
-        with open(src, 'rb') as f: return _read(f, name, pixels, max_pixels)
-
 # %% ../nbs/01_dicom.ipynb #e7697f4a
 def _read(f, name, pixels, max_pixels):
     "Read the open file `f`: checks first, then pydicom"
@@ -125,6 +108,25 @@ def _read_until_cut(f):
     ds.cut_off = tags[-1] if tags else None
     return ds
 
+# %% ../nbs/01_dicom.ipynb #9c1ac256
+def read_dicom(
+    src, # path, bytes, open file, or a pydicom `Dataset`, which is handed back
+    pixels:bool=True, # read the pixel data too?
+    max_pixels:int=MAX_PIXELS, # a deflated file may inflate to two bytes for each
+) -> Dataset:
+    "Read a DICOM file, with or without the prefix of PS3.10. Raises `DicomError` naming the file"
+    if isinstance(src, Dataset): return src
+    if isinstance(src, (bytes,bytearray)): src = io.BytesIO(src)
+    if hasattr(src, 'read'): return _read(src, getattr(src, 'name', 'bytes'), pixels, max_pixels)
+    name = str(src)
+    with _dicom_errors(name):
+        st = Path(src).stat()
+        if stat.S_ISDIR(st.st_mode): raise DicomError(f'{name}: is a folder, not a file')
+        if not stat.S_ISREG(st.st_mode): raise DicomError(f'{name}: is not a regular file')
+        with open(src, 'rb') as f:
+            small = pixels and st.st_size < 1<<27 # parsing from memory is faster
+            return _read(io.BytesIO(f.read()) if small else f, name, pixels, max_pixels)
+
 # %% ../nbs/01_dicom.ipynb #4dcbc7cc
 def transfer_syntax(
     ds:Dataset,
@@ -135,7 +137,7 @@ def transfer_syntax(
     implicit, little = ds.original_encoding
     return uid.ImplicitVRLittleEndian if implicit else uid.ExplicitVRBigEndian if little is False else uid.ExplicitVRLittleEndian
 
-# %% ../nbs/01_dicom.ipynb #24141707
+# %% ../nbs/01_dicom.ipynb #8f1ef02c
 _PIXEL = ('SamplesPerPixel', 'PhotometricInterpretation', 'PlanarConfiguration', 'NumberOfFrames', 'Rows', 'Columns',
           'BitsAllocated', 'BitsStored', 'PixelRepresentation')
 
@@ -151,7 +153,11 @@ def pixel_options(
     """What a decoder must know of the image pixel module (PS3.3 C.7.6.3). What is missing or unreadable gets a
     default: one sample, MONOCHROME2 (RGB for three samples), unsigned, colour by pixel, one frame, all allocated bits stored, 16 bits
     allocated (8 for up to 8 stored). Rows and Columns have no default"""
-    o = {re.sub('(?<=[a-z])(?=[A-Z])', '_', k).lower(): v for k in _PIXEL if (v := _get(ds, k)) not in (None, '')}
+    kw = next((k for k in ('PixelData','FloatPixelData','DoubleFloatPixelData') if k in ds), None)
+    if not kw:
+        cut = getattr(ds, 'cut_off', None)
+        raise DicomError(f'{_name(ds)}: has no pixel data: ' + (f'the file is cut off in {cut}' if cut else 'not an image, or cut off'))
+    o = dict(pixel_keyword=kw, pixel_vr=ds[kw].VR) | {re.sub('(?<=[a-z])(?=[A-Z])', '_', k).lower(): v for k in _PIXEL if (v := _get(ds, k)) not in (None, '')}
     if 'rows' not in o or 'columns' not in o: raise DicomError('Rows or Columns is missing')
     spp = o.setdefault('samples_per_pixel', 1)
     if (n := o['rows']*o['columns']*spp) > max_pixels:
@@ -204,35 +210,6 @@ def _coded_shape(src):
         x,y,x0,y0 = struct.unpack_from('>4I', src, i+8)
         return y-y0, x-x0, struct.unpack_from('>H', src, i+40)[0]
 
-# %% ../nbs/01_dicom.ipynb #ae093ca5
-PLUGINS = 'pylibjpeg', 'pyjpegls', 'pillow', 'imagecodecs', 'pydicom' # decoders, the preferred first; others only where there is none of these
-
-def stored_pixels(
-    ds:Dataset, # a dataset with pixel data
-    frame:int=0, # which frame, from 0
-    size=None, # int or (h,w): JPEG Baseline may be decoded at 1/2, 1/4 or 1/8 scale, down to no smaller than this
-    max_pixels:int=MAX_PIXELS, # refuse frames with more values than this
-) -> np.ndarray: # (h,w) stored values or (h,w,3) RGB
-    "Decode one frame: the values as stored, in their own integer or float type; YBR becomes RGB. Raises `DicomError`"
-    name, ts = _name(ds), transfer_syntax(ds)
-    kw = next((k for k in ('PixelData','FloatPixelData','DoubleFloatPixelData') if k in ds), None)
-    if not kw:
-        cut = getattr(ds, 'cut_off', None)
-        raise DicomError(f'{name}: has no pixel data: ' + (f'the file is cut off in {cut}' if cut else 'not an image, or cut off'))
-    with _dicom_errors(name, f'decoded ({ts.name}{_cure(ts)})'):
-        o = pixel_options(ds, max_pixels)
-        if not 0<=frame<o['number_of_frames']: raise DicomError(f'there is no frame {frame} among its {o["number_of_frames"]}')
-        d = get_decoder(ts)
-        data = ds[kw].value
-        if ts.is_encapsulated: src = _coded_frame(data, o, frame)
-        if size and ts==uid.JPEGBaseline8Bit and o['samples_per_pixel']==1: return _reduced_jpeg(src, size)
-        plugins = [p for p in PLUGINS if p in d.available_plugins] or ['']
-        for p in plugins:
-            try: return d.as_array(data, index=frame, decoding_plugin=p, pixel_keyword=kw, pixel_vr=ds[kw].VR, **o)[0]
-            except _STOP: raise
-            except BaseException:
-                if p==plugins[-1]: raise
-
 # %% ../nbs/01_dicom.ipynb #9c996442
 def _by(shape): return '{} x {} x {}'.format(*shape)
 
@@ -243,13 +220,48 @@ def _coded_frame(data, o, frame):
     if shape and shape[0] and shape != claimed: raise DicomError(f'its codestream is {_by(shape)}, its header says {_by(claimed)}')
     return src
 
-# %% ../nbs/01_dicom.ipynb #fb9930be
-def _reduced_jpeg(src, size):
-    "Decode a grey JPEG with libjpeg's DCT scaling: 1/2, 1/4 or 1/8, as small as still covers `size`"
-    h,w = (size,size) if isinstance(size, int) else size
+# %% ../nbs/01_dicom.ipynb #8922ef5c
+def _grey_jpeg(src, size):
+    "Decode an 8-bit grey JPEG with Pillow, for `size` with libjpeg's DCT scaling: 1/2, 1/4 or 1/8, as small as still covers it"
     im = Image.open(io.BytesIO(src), formats=['JPEG'])
-    im.draft('L', (w,h))
-    return np.asarray(im)
+    if size: im.draft('L', (size,size) if isinstance(size, int) else tuple(size)[::-1])
+    im.load()
+    return im
+
+# %% ../nbs/01_dicom.ipynb #142811e3
+PLUGINS = 'pylibjpeg', 'pyjpegls', 'pillow', 'imagecodecs', 'pydicom' # decoders, the preferred first; others only where there is none of these
+
+def decode(
+    ds:Dataset, # a dataset with pixel data
+    frame:int=0, # which frame, from 0
+    size=None, # int or (h,w): JPEG Baseline may be decoded at 1/2, 1/4 or 1/8 scale, down to no smaller than this
+    max_pixels:int=MAX_PIXELS, # refuse frames with more values than this
+): # a PIL image in mode 'L' for grey JPEG Baseline, else an array
+    "Decode one frame, as `stored_pixels` does, into whatever the decoder makes"
+    name, ts = _name(ds), transfer_syntax(ds)
+    with _dicom_errors(name, f'decoded ({ts.name}{_cure(ts)})'):
+        o = pixel_options(ds, max_pixels)
+        if not 0<=frame<o['number_of_frames']: raise DicomError(f'there is no frame {frame} among its {o["number_of_frames"]}')
+        d = get_decoder(ts)
+        data = ds[o['pixel_keyword']].value
+        if ts.is_encapsulated: src = _coded_frame(data, o, frame)
+        if ts==uid.JPEGBaseline8Bit and o['samples_per_pixel']==1: return _grey_jpeg(src, size)
+        plugins = [p for p in PLUGINS if p in d.available_plugins] or ['']
+        for p in plugins:
+            try: return d.as_array(data, index=frame, decoding_plugin=p, **o)[0]
+            except _STOP: raise
+            except BaseException:
+                if p==plugins[-1]: raise
+
+# %% ../nbs/01_dicom.ipynb #b7bbcc40
+def stored_pixels(
+    ds:Dataset, # a dataset with pixel data
+    frame:int=0, # which frame, from 0
+    size=None, # int or (h,w): JPEG Baseline may be decoded at 1/2, 1/4 or 1/8 scale, down to no smaller than this
+    max_pixels:int=MAX_PIXELS, # refuse frames with more values than this
+) -> np.ndarray: # (h,w) stored values or (h,w,3) RGB
+    "The pixels of one frame as stored, in their own integer or float type; YBR becomes RGB. Raises `DicomError`"
+    return np.asarray(decode(ds, frame, size, max_pixels))
 
 # %% ../nbs/01_dicom.ipynb #a7acad1c
 _GREY = ('RescaleSlope', 'RescaleIntercept', 'ModalityLUTSequence', 'VOILUTSequence', 'WindowCenter', 'WindowWidth', 'VOILUTFunction',
@@ -350,16 +362,16 @@ def levels(
     values,index = np.unique(x, return_inverse=True)
     return values, index.reshape(x.shape)
 
-# %% ../nbs/01_dicom.ipynb #91098d0d
+# %% ../nbs/01_dicom.ipynb #30f93b2c
 def level_counts(
-    x:np.ndarray,
+    x, # an array, or a PIL image in mode 'L'
 ) -> tuple: # (values, how often each occurs), values ascending and all occurring
     "The histogram of `x`, exact, one bin a grey level"
-    values,index = levels(x)
-    if x.dtype==np.uint8 and x.size%2==0: # two pixels at a time: half the work
-        pairs = np.bincount(np.ascontiguousarray(x).reshape(-1).view(np.uint16), minlength=1<<16).reshape(256, 256)
-        n = pairs.sum(0) + pairs.sum(1)
-    else: n = np.bincount(index.ravel(), minlength=len(values))
+    if not isinstance(x, Image.Image) and x.dtype==np.uint8: x = Image.fromarray(x.reshape(len(x), -1)) # it counts bytes faster than NumPy
+    if isinstance(x, Image.Image): values,n = np.arange(256), np.array(x.histogram())
+    else:
+        values,index = levels(x)
+        n = np.bincount(index.ravel(), minlength=len(values))
     return values[n>0], n[n>0]
 
 # %% ../nbs/01_dicom.ipynb #804c179f

@@ -1,4 +1,4 @@
-"""`PILDicom`: fastai's image type with the right pixels, in full bit depth, from the file to the batch
+"""You put `PILDicom`, with the pixels of the last lesson, where fastai's own stands, and see that all its bits arrive in the batch.
 
 Docs: https://dicomcam.github.io/dicomcam/pil.html.md"""
 
@@ -7,9 +7,8 @@ Docs: https://dicomcam.github.io/dicomcam/pil.html.md"""
 # %% auto #0
 __all__ = ['TensorDicom', 'PILDicom', 'encodes', 'decodes']
 
-# %% ../nbs/01b_pil.ipynb #512184a2
+# %% ../nbs/01b_pil.ipynb #7f506792
 import numpy as np
-from fastcore.basics import patch
 from fastai.data.transforms import IntToFloatTensor, ToTensor
 from fastai.torch_core import TensorImage
 from fastai.vision.core import PILBase, image2tensor

@@ -333,12 +333,12 @@ def test_reduced(radiograph, size, expected):
 def test_reduced_is_cheaper(radiograph):
     def secs(size):
         best = 9
-        for _ in range(5):
+        for _ in range(9):
             t = time.process_time()
             dicom_pixels(radiograph, size=size)
             best = min(best, time.process_time()-t)
         return best
-    assert secs(128) < .6*secs(None)
+    assert secs(128) < .8*secs(None)
 
 
 # --- what cannot be read ---
