@@ -25,4 +25,4 @@ def run(fn):
 if __name__ == '__main__':
     fns = [Path(o) for o in sys.argv[1:]] or sorted((root/'nbs').glob('*.ipynb'), key=lambda o: (o.stem == 'index', o.name))
     for fn in fns: run(fn)
-    subprocess.run([sys.executable, root/'tools'/'readme.py'], check=True)
+    if any(o.stem == "index" for o in fns): subprocess.run([sys.executable, root/'tools'/'readme.py'], check=True)
