@@ -70,19 +70,25 @@ def lesion_mask(
     for o in boxes.itertuples(): mask[int(o.y):round(o.y+o.height), int(o.x):round(o.x+o.width)] = True
     return mask
 
-# %% ../nbs/09_cli.ipynb #576571ba
+# %% ../nbs/09_cli.ipynb #772f9140
+def _stage(size): # side of the network's input, pixels
+    "Index of the deepest stage of an xresnet whose map has at least 16 x 16 positions, else of the first."
+    return next((k for k, stride in zip((-5, -6, -7), (32, 16, 8)) if size >= 16*stride), -8)
+
+# %% ../nbs/09_cli.ipynb #35a9ba46
 def _heatmaps(learn, data, out):
     "Grad-CAM of every validation image, a PNG each; the pointing game on the lesions that were found, if any is known."
     from matplotlib import pyplot as plt
     from dicomcam.gradcam import gradcam
     from dicomcam.trust import pointing_game
     files, (negative, positive) = list(learn.dls.valid.items), learn.dls.vocab
-    h = gradcam(learn, files, layers=-6)
+    layer = _stage(learn.dls.setup['size'])
+    h = gradcam(learn, files, layers=layer)
     masks = [lesion_mask(data, o) for o in files]
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     for i, o in enumerate(files):
-        fig = h.show(i, mask=masks[i], native=True)
+        fig = h.show(i, mask=masks[i])
         fig.savefig(out/f'{o.stem}.png', dpi=80)
         plt.close(fig)
     label = dict(zip(learn.dls.table.file, learn.dls.table.label))
@@ -90,11 +96,11 @@ def _heatmaps(learn, data, out):
     masks = [m if f else None for m, f in zip(masks, found)]
     res = dict(layer=h.layers[0], method=h.method, images=len(files))
     if any(m is not None for m in masks):
-        game = pointing_game(h, masks, positive, -6)
+        game = pointing_game(h, masks, positive, layer)
         res['pointing_game'] = {k: dict(value=r['mean'], low=r['low'], high=r['high'], n=int(r['n'])) for k, r in game.iterrows()}
     return res
 
-# %% ../nbs/09_cli.ipynb #1a8bc956
+# %% ../nbs/09_cli.ipynb #5cd34d0f
 def run_demo(
     data='phantom', # As for `get_data`: 'phantom', 'siim' or a folder
     out='demo',     # Folder for the results
@@ -118,7 +124,7 @@ def run_demo(
         learn = train_learner(data, seed, **r)
     save_model(learn, out/'model.safetensors')
     with _step(secs, 'evaluate', 'Evaluating ...'): metrics = evaluate(learn)
-    with _step(secs, 'heatmaps', 'Drawing heatmaps of the stage before the last ...'): heat = _heatmaps(learn, data, out/'heatmaps')
+    with _step(secs, 'heatmaps', f'Drawing heatmaps of layer {_stage(r["size"])} ...'): heat = _heatmaps(learn, data, out/'heatmaps')
     counts = {f'{side}, {label}': dict(row) for (side, label), row in split_counts(learn.dls).astype(object).iterrows()}
     secs['total'] = round(time.time()-start, 1)
     metrics = dict(data=data.name, seed=seed, recipe=r, split=counts, **metrics, heatmaps=heat, seconds=secs)

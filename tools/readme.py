@@ -15,6 +15,7 @@ def render():
     "Text of README.md, and the figures it shows as {path relative to the repository: bytes}"
     nb = nbformat.read(root/'nbs/index.ipynb', 4)
     nb.cells = [c for c in nb.cells if not c.source.startswith('#| hide')]
+    nb.metadata['language_info'] = {'name': 'python'}
     for c in nb.cells:
         for o in c.get('outputs', []):
             if 'image/png' in o.get('data', {}): o.data = {'image/png': o.data['image/png']}
