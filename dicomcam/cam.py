@@ -7,13 +7,14 @@ Docs: https://dicomcam.github.io/dicomcam/cam.html.md"""
 # %% auto #0
 __all__ = ['upsample', 'positive', 'to_unit', 'Heatmaps', 'as_found', 'outputs_of', 'layer_name', 'cam']
 
-# %% ../nbs/05_cam.ipynb #892a3450
+# %% ../nbs/05_cam.ipynb #115d8598
 import difflib
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
+from .dicom import DicomError, dicom_pixels, read_dicom
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastai.torch_core import no_random, to_np
@@ -24,8 +25,6 @@ from PIL import Image
 from scipy import ndimage
 from torch import nn
 from torch.nn import functional as F
-
-from .dicom import DicomError, dicom_pixels, read_dicom
 
 # %% ../nbs/05_cam.ipynb #ce740e6f
 def upsample(

@@ -8,10 +8,12 @@ Docs: https://dicomcam.github.io/dicomcam/trust.html.md"""
 __all__ = ['baselines', 'localization', 'pointing_game', 'mass_in_mask', 'iou', 'iobb', 'deletion', 'insertion', 'randomized',
            'randomization']
 
-# %% ../nbs/07_trust.ipynb #a7275c40
+# %% ../nbs/07_trust.ipynb #9cd0b012
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
+from .cam import Heatmaps, _pick, _scores, _split, _to_probs, as_found, positive, to_unit
+from .gradcam import gradcam
 from fastai.torch_core import no_random, to_np
 from PIL import Image
 from scipy import ndimage
@@ -19,9 +21,6 @@ from scipy.stats import spearmanr
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torchvision.transforms.functional import gaussian_blur
-
-from .cam import Heatmaps, _pick, _scores, _split, _to_probs, as_found, positive, to_unit
-from .gradcam import gradcam
 
 # %% ../nbs/07_trust.ipynb #13dbdf7c
 def _interval(values, n=2000, seed=42):
