@@ -8,7 +8,7 @@ Docs: https://dicomcam.github.io/dicomcam/summary.html.md"""
 __all__ = ['MAX_VALUES', 'MAX_TEXT', 'PHI_TAGS', 'find_dicoms', 'column_name', 'years', 'header_row', 'pixel_stats', 'summarize',
            'is_phi']
 
-# %% ../nbs/02_summary.ipynb #8e157f17
+# %% ../nbs/02_summary.ipynb #5d5b802c
 import json, logging, math, os, re, stat, threading, warnings
 from contextlib import contextmanager
 from functools import partial
@@ -19,7 +19,7 @@ from joblib import Parallel, delayed, effective_n_jobs
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from pydicom.datadict import keyword_for_tag
 
-from .dicom import MAX_PIXELS, DicomError, decode, is_dicom, level_counts, modality, pixel_options, read_dicom, transfer_syntax
+from .dicom import MAX_PIXELS, DicomError, decode, element, is_dicom, level_counts, modality, pixel_options, read_dicom, transfer_syntax
 
 # %% ../nbs/02_summary.ipynb #4edf1b5d
 def _looks_dicom(fn):
@@ -44,18 +44,21 @@ def find_dicoms(
     parts = [[o] if isinstance(o, str) else list(o) for o in ids if o]
     return [path.parent.joinpath(*p) for p in parts if not any(o in ('..','') or '/' in o for o in p)]
 
-# %% ../nbs/02_summary.ipynb #94583a75
+# %% ../nbs/02_summary.ipynb #8681ef90
+_NAMES = {} # of public elements, by tag
+
 def _public_name(tag):
-    kw,group = keyword_for_tag(tag), tag>>16
-    if not kw: return f'({group:04X},{tag&0xffff:04X})'
-    return f'{kw} ({group:04X})' if group>>8 in (0x50,0x60) and group&0xff else kw
+    if tag not in _NAMES:
+        kw,group = keyword_for_tag(tag) or f'({tag>>16:04X},{tag&0xffff:04X})', tag>>16
+        _NAMES[tag] = f'{kw} ({group:04X})' if group>>8 in (0x50,0x60) and group&0xff and kw[0] != '(' else kw
+    return _NAMES[tag]
 
 def column_name(
     elem, # a pydicom `DataElement`
 ) -> str: # its keyword; '(gggg,eeee)' if it has none; with the group for repeating groups; '(gggg,xxee) creator' for private ones
     "A name for the column of an element that no other element shares"
     tag = elem.tag
-    if not tag.is_private: return _public_name(tag)
+    if not tag>>16 & 1: return _public_name(int(tag))
     creator = elem.private_creator if tag.element>0xff else None
     return f'({tag.group:04X},xx{tag.element&0xff:02X}) {creator}' if creator else f'({tag.group:04X},{tag.element:04X})'
 
@@ -69,7 +72,7 @@ def years(
     m = re.fullmatch(r'\s*(\d+)\s*([DWMY]?)\s*', str(age).upper())
     return int(m[1])/_UNITS[m[2] or 'Y'] if m else math.nan
 
-# %% ../nbs/02_summary.ipynb #6dd76db4
+# %% ../nbs/02_summary.ipynb #426337d5
 _INTS,_FLOATS = {'IS','US','SS','UL','SL','UV','SV'}, {'DS','FL','FD'}
 MAX_VALUES = 100 # an element with more values than this gets one column of text
 MAX_TEXT = 10_000 # longer text is cut
@@ -80,7 +83,8 @@ def _scalar(v, vr):
     if vr=='AS': return years(v) if v else None
     if vr in _INTS: return int(v) if v != '' else None
     if vr in _FLOATS: return float(v) if v != '' else None
-    return str(v).replace('\0', '')[:MAX_TEXT].encode('utf-8', 'replace').decode()
+    v = str(v)[:MAX_TEXT]
+    return v if v.isprintable() else v.replace('\0', '').encode('utf-8', 'replace').decode()
 
 def _cells(name, elem, phi):
     "The columns of one element: fastai's `Multi...` spelling for several values, JSON for a sequence"
@@ -93,26 +97,29 @@ def _cells(name, elem, phi):
     if len(vs)>MAX_VALUES: return {f'Multi{name}': 1, name: json.dumps(vs)[:MAX_TEXT]}
     return {f'Multi{name}': 1} | {f'{name}{i or ""}': o for i,o in enumerate(vs)}
 
-# %% ../nbs/02_summary.ipynb #5ff4f112
+# %% ../nbs/02_summary.ipynb #0fcdef9a
 def header_row(
     ds, # a pydicom `Dataset`
     phi:bool=True, # keep what may identify the patient? See `is_phi`
 ) -> tuple: # (dict of columns, list of what could not be read)
     "The elements of a header, pixel data left out, as the cells of a table"
     row,problems = {}, []
-    for tag in ds.keys():
-        if tag.group==0x7fe0 or not phi and is_phi(tag) and tag!=0x00080018: continue
-        name = f'({tag.group:04X},{tag.element:04X})'
+    for tag,raw in list(ds.items()):
+        if tag>>16==0x7fe0 or not phi and is_phi(tag) and tag!=0x00080018: continue
+        name = None
         try:
-            elem = ds[tag]
+            elem = element(ds, tag, raw)
             name = column_name(elem)
             cells = _cells(name, elem, phi)
-        except Exception as e: cells = {name: None}; problems.append(f'{name} cannot be read ({type(e).__name__})')
-        if cells.keys() & row.keys(): cells = {f'{k} ({tag.group:04X},{tag.element:04X})': v for k,v in cells.items()}
+        except Exception as e:
+            name = name or _public_name(int(tag))
+            cells = {name: None}
+            problems.append(f'{name} cannot be read ({type(e).__name__})')
+        if name in row: cells = {f'{k} ({tag.group:04X},{tag.element:04X})': v for k,v in cells.items()}
         row |= cells
     return row, problems
 
-# %% ../nbs/02_summary.ipynb #8623f55e
+# %% ../nbs/02_summary.ipynb #7a4b7300
 def pixel_stats(
     ds, # a pydicom `Dataset`
     window=(80,40), # (width, level) in modality units
@@ -122,8 +129,9 @@ def pixel_stats(
     the modality transform. From one histogram a frame; frames are joined by Chan, Golub and LeVeque's formula"""
     n = mean = m2 = inside = 0
     lo,hi,(w,l) = math.inf, -math.inf, window
-    for i in range(pixel_options(ds, max_pixels)['number_of_frames']):
-        v,c = level_counts(decode(ds, i, max_pixels=max_pixels))
+    o = pixel_options(ds, max_pixels)
+    for i in range(o['number_of_frames']):
+        v,c = level_counts(decode(ds, i, options=o))
         u = modality(v, ds, i)
         k,lo,hi = c.sum(), min(lo, v[0].item()), max(hi, v[-1].item())
         mu = (v*c).sum()/k
