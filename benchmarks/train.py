@@ -7,7 +7,7 @@
 The tutorial's side is fastai's `PILDicom` in a `DataBlock`, resized and augmented by fastai, in the faster of its two usual ways (each
 item resized, or the batch) with 0 and with 2 workers. On a CPU its network, xresnet50 at 400 pixels, would train for hours, so there
 `quality` gives both recipes the network and size of `default_recipe()`, and the tutorial's keeps its five epochs at 5e-4."""
-import argparse, json, shutil, statistics, sys, tempfile, time, warnings
+import argparse, json, sys, tempfile, time, warnings
 from pathlib import Path
 
 warnings.simplefilter('ignore')
@@ -15,13 +15,13 @@ sys.modules['gdcm'] = None # it decodes JPEG several times slower than Pillow, a
 import numpy as np, pandas as pd, torch
 from fastai.medical.imaging import PILDicom as TutorialDicom
 from fastai.vision.all import CategoryBlock, ColReader, DataBlock, ImageBlock, IndexSplitter, LabelSmoothingCrossEntropy, Learner, Mish, Resize
-from fastai.vision.all import RocAucBinary, accuracy, aug_transforms, ranger, set_seed, xresnet
-from scipy.stats import bootstrap
+from fastai.vision.all import RocAucBinary, accuracy, aug_transforms, ranger, set_seed
+from fastai.vision.models import xresnet
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
 
 from dicomcam.data import phantom
-from dicomcam.train import ImageCache, default_recipe, dicom_dls, dicom_learner, label_table, train_learner
+from dicomcam.train import default_recipe, dicom_dls, dicom_learner, label_table, train_learner
 
 def tutorial_dls(path, table, size, bs, resize, num_workers, valid=None):
     block = DataBlock(blocks=(ImageBlock(cls=TutorialDicom), CategoryBlock), get_x=ColReader('file'), get_y=ColReader('label'),
@@ -30,40 +30,40 @@ def tutorial_dls(path, table, size, bs, resize, num_workers, valid=None):
     return block.dataloaders(table, bs=bs, num_workers=num_workers)
 
 def batches(dls):
-    "Images per second of one epoch over the training set"
-    t, n = time.perf_counter(), 0
-    for x, _ in dls.train: n += len(x)
+    "Seconds of one epoch: the training set, augmented, then the validation set"
+    t = time.perf_counter()
+    for dl in dls.train, dls.valid:
+        for x, _ in dl: pass
     if x.is_cuda: torch.cuda.synchronize()
-    return n/(time.perf_counter()-t)
+    return time.perf_counter()-t
 
 def items(dls):
+    "Seconds of the items alone, which is what a GPU that augments waits for"
     t = time.perf_counter()
-    for i in range(len(dls.train_ds)): dls.train.after_item(dls.train_ds[i])
-    return len(dls.train_ds)/(time.perf_counter()-t)
+    for dl in dls.train, dls.valid:
+        for i in range(len(dl.dataset)): dl.after_item(dl.dataset[i])
+    return time.perf_counter()-t
+
+def timed(f):
+    t = time.perf_counter()
+    res = f()
+    return res, time.perf_counter()-t
 
 def speed(a):
-    table = label_table(a.folder)
-    theirs = {(r, w): tutorial_dls(a.folder, table, a.size, a.bs, r, w) for r in ('item', 'batch') for w in (0, 2)}
-    rates = {k: [batches(d) for _ in range(a.rounds)] for k, d in theirs.items()}
-    best = max(rates, key=lambda k: statistics.median(rates[k]))
-    one = [items(theirs['item', 0]) for _ in range(a.rounds)]
-    ours = {}
-    for w in (0, 2):
-        first, later, single = [], [], []
-        for _ in range(a.rounds):
+    table, rows = label_table(a.folder), {}
+    for k in range(a.rounds):
+        for r, w in ('item', 0), ('item', 2), ('batch', 0), ('batch', 2):
+            dls, made = timed(lambda: tutorial_dls(a.folder, table, a.size, a.bs, r, w))
+            rows.setdefault(f'tutorial, {r} resized, {w} workers', []).append((made+batches(dls), batches(dls), items(dls) if w == 0 and r == 'item' else np.inf))
+        for w in 0, 2:
             with tempfile.TemporaryDirectory() as d:
-                t = time.perf_counter()
-                dls = dicom_dls(a.folder, size=a.size, bs=a.bs, cache=d, num_workers=w)
-                n = len(dls.train_ds)
-                ready = time.perf_counter()-t
-                first.append(n/(ready+n/batches(dls)))
-                later.append(batches(dls)); single.append(items(dls))
-        ours[w] = [statistics.median(o) for o in (first, later, single)]
-    w = max(ours, key=lambda k: ours[k][1])
-    t, t1 = statistics.median(rates[best]), statistics.median(one)
-    print(json.dumps(dict(images=len(table), size=a.size, bs=a.bs, tutorial={f'{k[0]} resized, {k[1]} workers': round(statistics.median(v)) for k, v in rates.items()},
-        dicomcam={f'{k} workers': dict(zip(('first epoch, reading and filling the cache included', 'later epochs', 'items alone'), map(round, v))) for k, v in ours.items()},
-        tutorial_items=round(t1, 1), first_epoch_ratio=round(ours[w][0]/t, 1), later_epochs_ratio=round(ours[w][1]/t, 1), items_ratio=round(max(o[2] for o in ours.values())/t1, 1)), indent=1))
+                dls, made = timed(lambda: dicom_dls(a.folder, size=a.size, bs=a.bs, cache=d, num_workers=w))
+                rows.setdefault(f'dicomcam, {w} workers', []).append((made+batches(dls), batches(dls), items(dls) if w == 0 else np.inf))
+    df = pd.DataFrame({k: len(table)/np.median(v, 0) for k, v in rows.items()}, index=['first epoch', 'later epochs', 'items alone']).T
+    print(f'{len(table)} images at {a.size} px, batches of {a.bs}; images per second, medians of {a.rounds}; the first epoch holds the making of the dataloaders and of the cache')
+    print(df.round(0).to_string())
+    best = lambda who: df[df.index.str.startswith(who)].max()
+    print('ratio of the faster of each:', (best('dicomcam')/best('tutorial')).round(1).to_dict())
 
 def folds(path, seed=42, n=5):
     t, df = label_table(path), pd.read_csv(Path(path)/'labels.csv')

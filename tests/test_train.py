@@ -4,10 +4,13 @@ from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np, pandas as pd, pydicom, pytest, torch
+import dicomcam.train
 from fastai.vision.models.xresnet import xresnet18, xresnet50
 from safetensors.torch import load_file, save_file
 
-from dicomcam.train import (ImageCache, demo_learner, dicom_block, dicom_dls, dicom_learner, label_table, load_model, patient_ids, patient_split, save_model,
+from fastai.torch_core import set_seed
+from dicomcam.dicom import TensorDicom
+from dicomcam.train import (ImageCache, XrayTfm, demo_learner, dicom_block, dicom_dls, dicom_learner, label_table, load_model, patient_ids, patient_split, save_model,
                             split_counts, train_learner)
 
 root = Path(__file__).resolve().parent.parent
@@ -200,7 +203,7 @@ def cache(tmp_path): return ImageCache(48, folder=tmp_path/'cache')
 
 def test_cache_gives_what_decoding_gives(folder, cache):
     files = label_table(folder).file.tolist()
-    assert cache.fill(files) == {} and len(list(cache.root.rglob('*.npy'))) == len(files)
+    assert cache.fill(files) == {} and len(list(cache.root.rglob('*.u16'))) == len(files)
     plain = ImageCache(48, folder=False)
     for o in files[:5]: assert torch.equal(cache(o), plain(o))
 
@@ -222,12 +225,12 @@ def test_cache_mends_itself(folder, cache):
     kept = cache.where(fn)
     for bad in (kept.read_bytes()[:200], b'', b'no array'):
         kept.write_bytes(bad)
-        assert torch.equal(cache(fn), good) and kept.stat().st_size > 48*48*2
+        assert torch.equal(cache(fn), good) and kept.stat().st_size == 48*48*2
     assert not list(cache.root.rglob('*.part'))
 
 def test_cache_is_bounded(folder, tmp_path):
     files = label_table(folder).file.tolist()
-    one = 48*48*2+128
+    one = 48*48*2
     old = ImageCache(48, folder=tmp_path, limit=20*one)
     old.fill(files[:15])
     for o in files[:15]: os.utime(old.where(o), (1, 1))
@@ -240,8 +243,10 @@ def test_cache_is_bounded(folder, tmp_path):
     assert new.used() == 0
 
 def test_cache_on_a_full_disk(folder, cache, monkeypatch):
-    def full(f, x): f.write(b'half'); raise OSError(28, 'No space left on device')
-    monkeypatch.setattr('dicomcam.train.np.save', full)
+    class Full(np.ndarray):
+        def tofile(self, part): Path(part).write_bytes(b'half'); raise OSError(28, 'No space left on device')
+    fit = dicomcam.train._fit
+    monkeypatch.setattr('dicomcam.train._fit', lambda *a: fit(*a).view(Full))
     with pytest.warns(UserWarning, match='No space left'): x = cache(label_table(folder).file[0])
     assert x.shape == (1, 48, 48) and not [o for o in cache.root.rglob('*') if o.is_file()]
 
@@ -254,6 +259,30 @@ def test_cache_shared_by_processes(folder, cache):
     assert [p.communicate()[0].strip() for p in ps[1:]] == ['{}']*3
     plain = ImageCache(48, folder=False)
     for o in label_table(folder).file: assert torch.equal(cache(o), plain(o))
+
+def test_augmentation_is_fastais():
+    "Each of the three, drawn to be the same for both, gives what fastai's own gives"
+    from fastai.vision.augment import Brightness, Contrast, Rotate, Zoom
+    x = TensorDicom(torch.rand(3, 1, 40, 40)*.8+.1)
+    smooth = TensorDicom(torch.nn.functional.avg_pool2d(x, 5, 1, 2))
+    def ours(x, **kw):
+        t, zero = XrayTfm(), torch.zeros(3)
+        d = dict(angle=zero, zoom=zero+1, cx=zero, cy=zero, bright=zero, contrast=zero+1) | {k: zero+v for k, v in kw.items()}
+        t.draw = lambda n: tuple(d.values())
+        return t(x, split_idx=0)
+    for a in (7, -3): assert torch.allclose(ours(x, angle=-np.deg2rad(a)), Rotate(p=1, draw=a)(x.clone(), split_idx=0), atol=1e-4)
+    assert torch.allclose(ours(x, zoom=1.1), Zoom(p=1, draw=1.1, draw_x=.5, draw_y=.5)(x.clone(), split_idx=0), atol=1e-4)
+    assert torch.allclose(ours(x, bright=torch.logit(torch.tensor(.6))), Brightness(p=1, draw=.6)(x.clone(), split_idx=0), atol=1e-5)
+    assert torch.allclose(ours(x, contrast=1.2), Contrast(p=1, draw=1.2)(x.clone(), split_idx=0), atol=1e-5)
+    assert torch.equal(XrayTfm()(x, split_idx=1), x) # not in validation
+    set_seed(1); a = XrayTfm()(smooth, split_idx=0)
+    set_seed(1); b = XrayTfm()(smooth, split_idx=0)
+    assert torch.equal(a, b) and 0 <= a.min() and a.max() <= 1 and (a-smooth).abs().max() > .01
+
+def test_augmentation_stays_in_its_bounds():
+    angle, zoom, cx, cy, bright, contrast = XrayTfm().draw(20000)
+    assert abs(angle).max() <= np.deg2rad(7.001) and 1 <= zoom.min() and zoom.max() <= 1.1 and .05 < (angle == 0).float().mean() < .15
+    assert .4 <= torch.sigmoid(bright).min() and torch.sigmoid(bright).max() <= .6 and .79 < contrast.min() < .85 and 1.2 < contrast.max() < 1.26
 
 def test_full_depth_from_the_cache(tmp_path, copy):
     ds = pydicom.dcmread(pydicom.data.get_testdata_file('MR_small.dcm'))
