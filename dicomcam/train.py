@@ -396,7 +396,7 @@ def dicom_learner(
     **kw                # Passed to `Learner`
 ) -> Learner:
     "A learner for one-channel images: `arch` from random weights, label smoothing, accuracy and ROC AUC, Ranger."
-    name, multi, n = arch if isinstance(arch, str) else arch.__name__, dls.setup['multi'], len(dls.vocab)
+    name, multi, n = arch if isinstance(arch, str) else arch.__name__, getattr(dls, 'setup', {}).get('multi', False), len(dls.vocab)
     model = _xresnet(getattr(xresnet, name), n, act_cls, sa, pretrained) if name in _xresnets else _timm(name, n, pretrained)
     if class_weights is not None:
         class_weights = torch.as_tensor(_class_weights(dls) if isinstance(class_weights, str) else class_weights, dtype=torch.float32, device=dls.device)
@@ -434,6 +434,7 @@ def save_model(
     fn,    # Where to, `model.safetensors` say
 ) -> Path:
     "Weights and what is needed to use them, as safetensors. Written whole or not at all."
+    if not hasattr(learn.dls, 'setup'): raise ValueError('Only a learner whose dataloaders come from dicom_dls can be saved: the file tells how its images were made.')
     if learn.setup['act_cls'] not in _acts: raise ValueError(f'act_cls={learn.setup["act_cls"]} cannot be saved: load_model knows {", ".join(_acts)}.')
     meta = {**learn.setup, **learn.dls.setup, 'versions': {o: version(o) for o in ('dicomcam', 'fastai', 'torch', 'pydicom')}}
     weights = {k: v.detach().cpu().contiguous() for k, v in _bare(learn).state_dict().items()}
@@ -510,30 +511,35 @@ class Checkpoint(Callback):
         _bare(self.learn).load_state_dict(self.state['model'])
         self.opt.load_state_dict(to_device(self.state['opt'], self.dls.device))
 
-    def before_epoch(self):
-        if self.epoch < self.start:
-            self.recorder.log += self.state['recorder']['values'][self.epoch]
-            raise CancelEpochException
-        if self.start and self.epoch == self.start:
-            r, s = self.state['recorder'], self.state['rng']
-            self.recorder.lrs, self.recorder.losses, self.recorder.iters = r['lrs'], r['losses'], r['iters']
-            self.recorder.smooth_loss.count, self.recorder.smooth_loss.val = r['count'], r['val'].cpu()
-            random.setstate(s['python'])
-            np.random.set_state(s['numpy'])
-            torch.set_rng_state(s['torch'].cpu())
-            if s['cuda']: torch.cuda.set_rng_state_all([o.cpu() for o in s['cuda']])
-            self.loader.rng.setstate(s['loader'])
+# %% ../nbs/03_train.ipynb #32df470a
+@patch
+def before_epoch(self:Checkpoint):
+    "Epochs that the checkpoint holds are skipped, their figures shown again; then all is as it was after the last of them."
+    if self.epoch < self.start:
+        self.recorder.log += self.state['recorder']['values'][self.epoch]
+        raise CancelEpochException
+    if self.start and self.epoch == self.start:
+        r, s = self.state['recorder'], self.state['rng']
+        self.recorder.lrs, self.recorder.losses, self.recorder.iters = r['lrs'], r['losses'], r['iters']
+        self.recorder.smooth_loss.count, self.recorder.smooth_loss.val = r['count'], r['val'].cpu()
+        random.setstate(s['python'])
+        np.random.set_state(s['numpy'])
+        torch.set_rng_state(s['torch'].cpu())
+        if s['cuda']: torch.cuda.set_rng_state_all([o.cpu() for o in s['cuda']])
+        self.loader.rng.setstate(s['loader'])
 
-    def after_epoch(self):
-        if self.epoch < self.start or rank_distrib() or hasattr(self.learn, 'lr_finder'): return
-        r = self.recorder
-        rec = dict(values=r.values, lrs=r.lrs, losses=r.losses, iters=r.iters, count=r.smooth_loss.count, val=r.smooth_loss.val)
-        rng = dict(python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state(), loader=self.loader.rng.getstate(),
-                   cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
-        state = _plain(dict(epoch=self.epoch+1, epochs=self.n_epoch, model=_bare(self.learn).state_dict(), opt=self.opt.state_dict(), recorder=rec, rng=rng))
-        try: _whole(lambda part: torch.save(state, part), self.fn)
-        except (OSError, RuntimeError) as e:
-            warnings.warn(f'{self.fn}: the checkpoint of epoch {self.epoch} could not be written ({str(e).splitlines()[0]}); the one before it remains.')
+@patch
+def after_epoch(self:Checkpoint):
+    "Write the checkpoint. If that fails, the one before it remains, and training goes on."
+    if self.epoch < self.start or rank_distrib() or hasattr(self.learn, 'lr_finder'): return
+    r = self.recorder
+    rec = dict(values=r.values, lrs=r.lrs, losses=r.losses, iters=r.iters, count=r.smooth_loss.count, val=r.smooth_loss.val)
+    rng = dict(python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state(), loader=self.loader.rng.getstate(),
+               cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+    state = _plain(dict(epoch=self.epoch+1, epochs=self.n_epoch, model=_bare(self.learn).state_dict(), opt=self.opt.state_dict(), recorder=rec, rng=rng))
+    try: _whole(lambda part: torch.save(state, part), self.fn)
+    except (OSError, RuntimeError) as e:
+        warnings.warn(f'{self.fn}: the checkpoint of epoch {self.epoch} could not be written ({str(e).splitlines()[0]}); the one before it remains.')
 
 # %% ../nbs/03_train.ipynb #79e176d7
 def train_learner(
