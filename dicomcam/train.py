@@ -9,7 +9,7 @@ __all__ = ['label_table', 'patient_ids', 'patient_split', 'XrayTfm', 'ImageCache
            'dicom_learner', 'default_recipe', 'save_model', 'load_model', 'Checkpoint', 'train_learner', 'demo_learner']
 
 # %% ../nbs/03_train.ipynb #a04cef8c
-import difflib, hashlib, json, operator, os, random, sys, warnings
+import difflib, hashlib, json, operator, os, random, sys, uuid, warnings
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -220,7 +220,7 @@ class ImageCache:
         "Write `x` whole or not at all. A full disk, or a full cache, costs time and no more."
         if self.stored%200 == 0: self.full = self.used() >= self.limit
         self.stored += 1
-        part = kept.with_name(f'{kept.name}.{os.getpid()}-{random.getrandbits(32):08x}.part')
+        part = kept.with_name(f'{kept.name}.{uuid.uuid4().hex}.part') # no draw from a generator that training uses
         try:
             if not self.full:
                 kept.parent.mkdir(parents=True, exist_ok=True)

@@ -118,8 +118,10 @@ def test_failed_save_leaves_the_old_file(learn, tmp_path, monkeypatch):
     with pytest.raises(OSError): save_model(learn, fn)
     assert fn.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
-def test_same_seed_same_weights(learn, folder):
-    again = train_learner(folder, **small)
+@pytest.mark.parametrize('cache', [True, False, 'new'])
+def test_same_seed_same_weights(learn, folder, tmp_path, cache):
+    "Whether the images come from the cache, or are decoded each time, or decoded and put there"
+    again = train_learner(folder, data=dict(cache=tmp_path if cache == 'new' else cache), **small)
     for a, b in zip(learn.model.parameters(), again.model.parameters()): assert torch.equal(a, b)
 
 def test_demo_learner_trains_once(folder, tmp_path, monkeypatch):
