@@ -222,7 +222,8 @@ try: summarize(files, n_jobs=2)
 except KeyboardInterrupt: print('stopped', flush=True)
 import subprocess, os
 print(subprocess.run(['ps','-o','args=','--ppid',str(os.getpid())], capture_output=True, text=True).stdout.count('popen_loky'), flush=True)'''
-    p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    p = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # a job in the background inherits that it is ignored
     assert p.stdout.readline()=='start\n'
     time.sleep(5)
     t = time.perf_counter()
