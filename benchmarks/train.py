@@ -61,7 +61,7 @@ def speed(a):
                 rows.setdefault(f'dicomcam, {w} workers', []).append((made+batches(dls), batches(dls), items(dls) if w == 0 else np.inf))
     df = pd.DataFrame({k: len(table)/np.median(v, 0) for k, v in rows.items()}, index=['first epoch', 'later epochs', 'items alone']).T
     print(f'{len(table)} images at {a.size} px, batches of {a.bs}; images per second, medians of {a.rounds}; the first epoch holds the making of the dataloaders and of the cache')
-    print(df.round(0).to_string())
+    print(df.round(0).replace(0, np.nan).to_string(na_rep='-'))
     best = lambda who: df[df.index.str.startswith(who)].max()
     print('ratio of the faster of each:', (best('dicomcam')/best('tutorial')).round(1).to_dict())
 
