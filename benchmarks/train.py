@@ -1,7 +1,7 @@
 """Loading and training beside the tutorial's own code, in one run.
 
     python benchmarks/train.py speed FOLDER [--size 400] [--bs 8] [--rounds 3]    images per second, and ratios
-    python benchmarks/train.py quality FOLDER [--minutes 15]                      five folds by patient: AUC of the tutorial's recipe and of ours
+    python benchmarks/train.py quality FOLDER                                    five folds by patient: AUC of the tutorial's recipe and of ours
     python benchmarks/train.py phantom [--seeds 1 2]                              trained on one seed, tested on another
 
 The tutorial's side is fastai's `PILDicom` in a `DataBlock`, resized and augmented by fastai, in the faster of its two usual ways (each
@@ -21,7 +21,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
 
 from dicomcam.data import phantom
-from dicomcam.train import default_recipe, dicom_dls, dicom_learner, label_table, train_learner
+from dicomcam.train import default_recipe, dicom_dls, label_table, train_learner
 
 def tutorial_dls(path, table, size, bs, resize, num_workers, valid=None):
     block = DataBlock(blocks=(ImageBlock(cls=TutorialDicom), CategoryBlock), get_x=ColReader('file'), get_y=ColReader('label'),
@@ -81,7 +81,7 @@ def tutorial_fit(path, t, df, k, r):
     return learn, valid
 
 def our_fit(path, t, df, k, r):
-    with warnings.catch_warnings(): learn = train_learner(path, k, fit=False, data=dict(labels=df, fold=k), **r)
+    learn = train_learner(path, k, fit=False, data=dict(labels=df, fold=k), **r)
     with learn.no_bar(), learn.no_logging(): learn.fit_flat_cos(r['epochs'], r['lr'])
     return learn, np.flatnonzero(df.fold == k)
 

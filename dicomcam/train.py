@@ -240,12 +240,13 @@ def used(self:ImageCache):
     return sum(o.stat().st_size for o in self.root.rglob('*.u16')) if self.root else 0
 
 @patch
-def clear(self:ImageCache, keep=()):
+def clear(self:ImageCache, keep=None):
     "Delete what is cached, of all sizes; with `keep`, a set of cached files that stay, the oldest others until `limit` is kept."
-    olds = sorted(((o.stat().st_mtime, o.stat().st_size, o) for o in self.root.rglob('*.u16') if o not in keep), key=lambda o: o[0]) if self.root else []
-    left = self.used() if keep else float('inf')
-    for _, n, o in olds:
-        if left <= self.limit: break
+    have = sorted((s.st_mtime, s.st_size, o) for o in self.root.rglob('*.u16') for s in [o.stat()]) if self.root else []
+    left = sum(n for _, n, _ in have)
+    for _, n, o in have:
+        if keep is not None and left <= self.limit: break
+        if keep and o in keep: continue
         o.unlink(missing_ok=True)
         left -= n
 
@@ -495,7 +496,7 @@ class Checkpoint(Callback):
         except Exception as e: raise ValueError(f'{self.fn}: not a checkpoint ({type(e).__name__}). Delete it to start anew.') from e
 
     @property
-    def loader(self): return self.dls.train.dl if rank_distrib() or num_distrib() > 1 else self.dls.train # fastai wraps it where there are several processes
+    def loader(self): return self.dls.train.dl if num_distrib() > 1 else self.dls.train # fastai wraps it where there are several processes
 
     def check(self, learn, epochs):
         "Raise ValueError if the checkpoint is of another training."

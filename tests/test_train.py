@@ -241,6 +241,9 @@ def test_cache_is_bounded(folder, tmp_path):
     assert all(new.where(o).is_file() for o in files[10:20]) and new.used() <= 20*one
     new.stored = 0; new.limit = one
     assert new(files[25]).shape == (1, 48, 48) and not new.where(files[25]).is_file() # full: decoded, not kept
+    before = new.used()
+    new.limit = 20*one
+    assert new.fill([tmp_path/'gone.dcm']) and new.used() == before # nothing readable asked for: nothing is thrown away
     new.clear()
     assert new.used() == 0
 
