@@ -1,6 +1,7 @@
 """The table: fastai's columns and values, NumPy's statistics, a row for each file whatever happens, and no process left behind"""
 import json, math, os, pty, signal, subprocess, sys, time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np, pandas as pd, pydicom, pytest
 from joblib import parallel_config
@@ -248,7 +249,8 @@ def test_dask():
     distributed = pytest.importorskip('distributed', reason='the [dask] extra is not installed')
     files = [*find_dicoms(ROOT), *IMAGES]
     expected = summarize(files, n_jobs=1, progress=False)
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=2, processes=True, dashboard_address=None) as cluster, distributed.Client(cluster):
+    with (mock.patch.dict(os.environ), # dask leaves OMP_NUM_THREADS=1 behind in it, which later tests would hand to their processes
+          distributed.LocalCluster(n_workers=2, threads_per_worker=2, processes=True, dashboard_address=None) as cluster, distributed.Client(cluster)):
         with parallel_config('dask'): df = summarize(files, progress=False)
     pd.testing.assert_frame_equal(df, expected)
 
