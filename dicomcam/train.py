@@ -6,10 +6,11 @@ Docs: https://dicomcam.github.io/dicomcam/train.html.md"""
 
 # %% auto #0
 __all__ = ['label_table', 'patient_ids', 'patient_split', 'XrayTfm', 'ImageCache', 'dicom_block', 'dicom_dls', 'split_counts',
-           'dicom_learner', 'default_recipe', 'save_model', 'load_model', 'Checkpoint', 'train_learner', 'demo_learner']
+           'dicom_learner', 'default_recipe', 'fill_card', 'save_model', 'load_model', 'Checkpoint', 'train_learner',
+           'demo_learner']
 
 # %% ../nbs/03_train.ipynb #a04cef8c
-import difflib, hashlib, json, operator, os, random, sys, uuid, warnings
+import copy, difflib, hashlib, json, operator, os, random, sys, uuid, warnings
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -28,7 +29,7 @@ from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, LabelSmoothingCrossEntropy
 from fastai.metrics import RocAuc, RocAucBinary, RocAucMulti, accuracy, accuracy_multi
 from fastai.optimizer import ranger
-from fastai.torch_core import defaults, num_distrib, rank_distrib, set_seed, to_device
+from fastai.torch_core import defaults, no_random, num_distrib, rank_distrib, set_seed, to_device
 from fastai.torch_core import TensorImage
 from fastai.vision.augment import PadMode, RandTransform, Resize
 from fastai.vision.models import xresnet
@@ -410,10 +411,37 @@ def dicom_learner(
     return learn
 
 # %% ../nbs/03_train.ipynb #dd495b58
-def default_recipe() -> dict: # arch, size, bs, epochs, lr
+def default_recipe() -> dict: # arch, size, bs (None: what `fill_card` finds), epochs, lr
     "What to train on this machine: xresnet50 at 400 px where there is a CUDA GPU, xresnet18 at 144 px on a CPU."
-    if torch.cuda.is_available(): return dict(arch='xresnet50', size=400, bs=8, epochs=5, lr=5e-4)
+    if torch.cuda.is_available(): return dict(arch='xresnet50', size=400, bs=None, epochs=5, lr=5e-4)
     return dict(arch='xresnet18', size=144, bs=8, epochs=10, lr=5e-3)
+
+# %% ../nbs/03_train.ipynb #49701f05
+def _train_step(learn, bs):
+    "One step of a copy of the network on `bs` black images, as training takes it: what it needs in memory, it needs here."
+    size, device, amp = learn.dls.setup['size'], learn.dls.device, getattr(learn, 'mixed_precision', None)
+    model = copy.deepcopy(learn.model).to(device, memory_format=torch.channels_last if amp else torch.contiguous_format).train()
+    with no_random(), torch.autocast(device.type, torch.bfloat16 if amp and amp.amp_mode == AMPMode.BF16 else torch.float16, enabled=bool(amp)):
+        loss = model(torch.zeros(bs, 1, size, size, device=device)).float().sum()
+    loss.backward()
+
+
+# %% ../nbs/03_train.ipynb #231f18ba
+def fill_card(
+    learn,            # From `dicom_learner`
+    steps=25,         # Steps that an epoch keeps at least
+    step=_train_step, # Function of learner and batch size that raises `torch.OutOfMemoryError` where that is too large
+) -> int:             # The batch size
+    "Double the batch size of `learn.dls` while the card's memory holds it with an eighth to spare. On a CPU it stays."
+    bs, most = learn.dls.bs, len(learn.dls.train_ds)//steps
+    while learn.dls.device.type != 'cpu' and 2*bs <= most:
+        try: step(learn, 2*bs*9//8)
+        except torch.OutOfMemoryError: break
+        finally: torch.cuda.empty_cache()
+        bs *= 2
+    for dl in learn.dls.loaders: dl.bs = bs
+    return bs
+
 
 # %% ../nbs/03_train.ipynb #59e95194
 def _bare(learn): return getattr(learn.model, 'module', learn.model) # without what distributes it
@@ -552,12 +580,12 @@ def train_learner(
     data=None,       # Arguments for `dicom_dls`
     **recipe         # Instead of parts of `default_recipe()`: arch, size, bs, epochs, lr; other arguments for `dicom_learner`
 ) -> Learner:
-    "All of the above: seed, dataloaders by patient, network, `fit_flat_cos`. On a CPU the same seed gives the same weights."
+    "All of the above: seed, dataloaders by patient, network, `fit_flat_cos`. On a CPU the same seed and number of threads give the same weights."
     r = {**default_recipe(), **recipe}
-    dls = {k: r.pop(k) for k in ('size', 'bs')}
-    epochs, lr = r.pop('epochs'), r.pop('lr')
+    size, bs, epochs, lr = (r.pop(k) for k in ('size', 'bs', 'epochs', 'lr'))
     set_seed(seed, reproducible=True)
-    learn = dicom_learner(dicom_dls(path, seed=seed, **dls, **(data or {})), **r)
+    learn = dicom_learner(dicom_dls(path, seed=seed, size=size, bs=bs or 8, **(data or {})), **r)
+    if bs is None: fill_card(learn)
     cbs = [Checkpoint(checkpoint, resume)] if checkpoint else []
     for o in cbs: o.check(learn, epochs)
     if fit: learn.fit_flat_cos(epochs, lr, cbs=cbs)

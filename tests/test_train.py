@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from fastai.torch_core import set_seed
 from dicomcam.dicom import TensorDicom
-from dicomcam.train import (ImageCache, XrayTfm, demo_learner, dicom_block, dicom_dls, dicom_learner, label_table, load_model, patient_ids, patient_split, save_model,
+from dicomcam.train import (ImageCache, XrayTfm, _train_step, fill_card, demo_learner, dicom_block, dicom_dls, dicom_learner, label_table, load_model, patient_ids, patient_split, save_model,
                             split_counts, train_learner)
 
 root = Path(__file__).resolve().parent.parent
@@ -422,3 +422,34 @@ def test_two_processes(folder, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(a, b))
     new = load_model(tmp_path/'m.safetensors')
     assert all(torch.equal(p, q) for p, q in zip(a, new.model.parameters()))
+
+# --- the batch that fills the card ---
+
+def test_fill_card(learn, monkeypatch):
+    "Doubled while a step fits with an eighth to spare, and while an epoch keeps its steps"
+    dls = dicom_dls(learn.dls.path, size=32, bs=4)
+    on_card = dicom_learner(dls, xresnet18)
+    assert fill_card(on_card, steps=1) == 4 # a CPU: as given
+    monkeypatch.setattr(type(dls), 'device', torch.device('meta'))
+    tried = []
+    def step(learn, bs):
+        tried.append(bs)
+        if bs > 10: raise torch.OutOfMemoryError('full')
+    assert fill_card(on_card, steps=1, step=step) == 8 and tried == [9, 18]
+    assert fill_card(on_card, steps=2, step=lambda *_: None) == 8
+    assert fill_card(on_card, steps=1, step=lambda *_: None) == 16
+    monkeypatch.undo()
+    assert len(dls.train) == len(dls.train_ds)//16 and dls.one_batch()[0].shape[0] == 16
+
+@pytest.mark.parametrize('amp', [False, True])
+def test_a_step_on_trial_leaves_no_trace(learn, amp):
+    on_trial = dicom_learner(dicom_dls(learn.dls.path, size=32), xresnet18, amp=amp)
+    before, rng = {k: v.clone() for k, v in on_trial.model.state_dict().items()}, torch.get_rng_state()
+    _train_step(on_trial, 3)
+    assert all(torch.equal(v, before[k]) for k, v in on_trial.model.state_dict().items()) and torch.equal(torch.get_rng_state(), rng)
+    assert all(p.grad is None for p in on_trial.model.parameters())
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA GPU')
+def test_fill_card_on_a_card(folder):
+    learn = dicom_learner(dicom_dls(folder, size=32, bs=2), xresnet18)
+    assert fill_card(learn, steps=2) == 8
