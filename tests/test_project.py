@@ -49,6 +49,9 @@ def test_version_is_one():
     from importlib.metadata import version
     assert dicomcam.__version__ == version('dicomcam')
 
+def test_citation_is_of_this_version():
+    assert f'version: {importlib.import_module("dicomcam").__version__}\n' in (root/'CITATION.cff').read_text()
+
 def test_every_public_name_in_all():
     "`from dicomcam.all import *` gives what every module exports"
     import dicomcam.all as a

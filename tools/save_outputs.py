@@ -1,28 +1,30 @@
-"""Run notebooks at full size in a clean kernel and save what they show: python tools/save_outputs.py [nbs/03_train.ipynb ...]
+"""Run notebooks in a clean kernel, at full size, and save what they show: python tools/save_outputs.py [--check] [nbs/03_train.ipynb ...]
 
-Without arguments all of them, index last. Then nbdev-clean removes counts and metadata, and tools/readme.py renews README.md.
-`nbdev-test` runs the same cells on small data and saves nothing."""
-import os, subprocess, sys, time
+Without names all of them, index last. Then nbdev-clean removes counts and metadata, and tools/readme.py renews README.md.
+`--check` saves nothing and needs no nbdev; with IN_TEST=1 in the environment it runs on small data, as nbdev-test does."""
+import argparse, os, subprocess, sys, time
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbdev.clean import nbdev_clean
 
 root = Path(__file__).resolve().parent.parent
-os.environ.pop('IN_TEST', None)
+p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+p.add_argument('notebooks', nargs='*', type=Path)
+p.add_argument('--check', action='store_true', help='run, and save nothing')
+args = p.parse_args()
+fns = args.notebooks or sorted((root/'nbs').glob('*.ipynb'), key=lambda o: (o.stem == 'index', o.name))
+if not args.check:
+    from nbdev.clean import nbdev_clean
+    os.environ.pop('IN_TEST', None)
 
-def run(fn):
-    "Execute one notebook in place; on an error nothing is written"
+for fn in fns: # on an error nothing of that notebook is written
     nb, start = nbformat.read(fn, 4), time.time()
     for c in nb.cells:
         if '#| eval: false' in c.source: c.metadata['tags'] = ['skip-execution']
     NotebookClient(nb, timeout=3600, kernel_name='python3', coalesce_streams=True, resources={'metadata': {'path': str(root/'nbs')}}).execute()
-    nbformat.write(nb, fn)
-    nbdev_clean.__wrapped__(fname=str(fn))
+    if not args.check:
+        nbformat.write(nb, fn)
+        nbdev_clean.__wrapped__(fname=str(fn))
     print(f'{fn.name}: {time.time()-start:.0f} s', flush=True)
-
-if __name__ == '__main__':
-    fns = [Path(o) for o in sys.argv[1:]] or sorted((root/'nbs').glob('*.ipynb'), key=lambda o: (o.stem == 'index', o.name))
-    for fn in fns: run(fn)
-    if any(o.stem == "index" for o in fns): subprocess.run([sys.executable, root/'tools'/'readme.py'], check=True)
+if not args.check and any(o.stem == 'index' for o in fns): subprocess.run([sys.executable, root/'tools'/'readme.py'], check=True)

@@ -1,0 +1,52 @@
+"""Every environment that dicomcam promises to run in: nox -s tests-3.12, nox -s lowest, nox -s colab, nox -s coverage (nox --list has them all).
+
+Needs `pip install nox uv`. `DICOMCAM_TEST_DATA=FOLDER` adds the tests on real X-rays. `colab` takes Google's own list of what is installed
+there, or the one that is given, and all lessons, or those that are given: nox -s colab -- constraints.txt nbs/01_dicom.ipynb"""
+import re
+from pathlib import Path
+from urllib.request import urlretrieve
+
+import nox
+
+nox.options.default_venv_backend, nox.options.sessions = 'uv', ['tests']
+COLAB = 'https://raw.githubusercontent.com/googlecolab/backend-info/main/pip-freeze.gpu.txt'
+THERE = 'torch torchvision fastai fastcore pandas numpy matplotlib pillow scipy scikit-learn scikit-image opencv-python ipython ipykernel'.split()
+
+@nox.session(python=['3.11', '3.12', '3.13'])
+def tests(session):
+    "The newest dependencies: lessons and tests"
+    session.install('-e', '.[dev]')
+    session.run('nbdev-test')
+    session.run('pytest', *session.posargs)
+
+@nox.session(python='3.11')
+def lowest(session):
+    "The oldest dependencies that settings.ini allows"
+    session.install('--resolution', 'lowest-direct', '-e', '.[dev]')
+    session.run('nbdev-test')
+    session.run('pytest', *session.posargs)
+
+@nox.session(python='3.11')
+def coverage(session):
+    "Which lines the tests reach"
+    session.install('-e', '.[dev]', 'pytest-cov')
+    session.run('pytest', '--cov=dicomcam', '--cov-report=term-missing', *session.posargs)
+
+def frozen(session):
+    return dict(o.split('==') for o in session.run('uv', 'pip', 'freeze', '--python', session.bin, silent=True, external=True).splitlines() if '==' in o)
+
+@nox.session(python='3.13')
+def colab(session):
+    "What Colab has: installing the wheel changes none of it, and all lessons run in it from top to bottom"
+    given = Path(session.posargs[0]).resolve() if session.posargs else Path(urlretrieve(COLAB)[0])
+    tmp = Path(session.create_tmp())
+    pins = tmp/'constraints.txt' # local versions (+cu128) and direct URLs are not on PyPI; nor is Colab's choice of CUDA libraries for the torch there
+    pins.write_text('\n'.join(re.sub(r'\+\w+$', '', o) for o in given.read_text().splitlines() if '==' in o and not re.match('cuda|nvidia', o)))
+    session.install('-c', pins, *THERE)
+    before = frozen(session)
+    session.run('uv', 'build', '--wheel', '--out-dir', tmp/'dist', external=True)
+    session.install('-c', pins, *(tmp/'dist').glob('dicomcam-*.whl'))
+    changed = {k: (v, frozen(session).get(k)) for k, v in before.items() if frozen(session).get(k) != v}
+    if changed: session.error(f'installing dicomcam changes what Colab has: {changed}')
+    session.install('-c', pins, 'nbclient', 'nbformat')
+    session.run('python', 'tools/save_outputs.py', '--check', *session.posargs[1:], env={'IN_TEST': '1'})
