@@ -11,6 +11,7 @@ __all__ = ['label_table', 'patient_ids', 'patient_split', 'XrayTfm', 'ImageCache
 
 # %% ../nbs/03_train.ipynb #a04cef8c
 import copy, difflib, hashlib, json, operator, os, random, sys, uuid, warnings
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -236,14 +237,20 @@ class ImageCache:
 
 # %% ../nbs/03_train.ipynb #1fde6f10
 @patch
+def held(self:ImageCache):
+    "(time of last use, bytes, file) of what is cached, of all sizes; other processes may be clearing at the same time."
+    for o in self.root.rglob('*.u16') if self.root else ():
+        with suppress(FileNotFoundError): yield (s := o.stat()).st_mtime, s.st_size, o
+
+@patch
 def used(self:ImageCache):
     "Bytes that the cache holds."
-    return sum(o.stat().st_size for o in self.root.rglob('*.u16')) if self.root else 0
+    return sum(n for _, n, _ in self.held())
 
 @patch
 def clear(self:ImageCache, keep=None):
     "Delete what is cached, of all sizes; with `keep`, a set of cached files that stay, the oldest others until `limit` is kept."
-    have = sorted((s.st_mtime, s.st_size, o) for o in self.root.rglob('*.u16') for s in [o.stat()]) if self.root else []
+    have = sorted(self.held())
     left = sum(n for _, n, _ in have)
     for _, n, o in have:
         if keep is not None and left <= self.limit: break

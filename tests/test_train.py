@@ -423,6 +423,18 @@ def test_two_processes(folder, tmp_path):
     new = load_model(tmp_path/'m.safetensors')
     assert all(torch.equal(p, q) for p, q in zip(a, new.model.parameters()))
 
+def test_a_file_that_another_process_clears(folder, tmp_path, monkeypatch):
+    c, stat = ImageCache(32, folder=tmp_path), Path.stat
+    for o in label_table(folder).file[:2]: c(o)
+    def gone(self, **kw):
+        if self.suffix == '.u16': first.unlink(missing_ok=True)
+        return stat(self, **kw)
+    first = min(tmp_path.rglob('*.u16'))
+    monkeypatch.setattr(Path, 'stat', gone)
+    assert c.used() == 32*32*2
+    c.clear()
+    assert c.used() == 0
+
 # --- the batch that fills the card ---
 
 def test_fill_card(learn, monkeypatch):
