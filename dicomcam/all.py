@@ -11,4 +11,4 @@ from dicomcam.interpret import *
 from dicomcam.cam import *
 from dicomcam.gradcam import *
 from dicomcam.trust import *
-from dicomcam.cli import lesion_mask, run_demo
+from dicomcam.cli import run_demo
