@@ -11,4 +11,5 @@ from dicomcam.interpret import *
 from dicomcam.cam import *
 from dicomcam.gradcam import *
 from dicomcam.trust import *
+from dicomcam.share import *
 from dicomcam.cli import run_demo

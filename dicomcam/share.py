@@ -7,7 +7,7 @@ Docs: https://dicomcam.github.io/dicomcam/share.html.md"""
 # %% auto #0
 __all__ = ['overlay', 'save_sc', 'save_seg', 'report']
 
-# %% ../nbs/08_share.ipynb #6a1c5e1e
+# %% ../nbs/08_share.ipynb #b3b69e92
 import io, re, warnings
 from base64 import b64encode
 from datetime import datetime
@@ -25,8 +25,7 @@ from .train import _whole, split_counts
 from .trust import lesion_mask
 from fastai.torch_core import to_np
 from jinja2 import Environment, PackageLoader
-from matplotlib import colormaps
-from matplotlib.figure import Figure
+from matplotlib import colormaps, pyplot as plt
 from PIL import Image, ImageDraw, ImageFont
 from pydicom import uid
 from pydicom.config import RAISE
@@ -220,10 +219,10 @@ def _photo_uri(x, side):
     im.thumbnail((side, side), Image.Resampling.LANCZOS)
     return _uri(im, 'jpeg', quality=80)
 
-# %% ../nbs/08_share.ipynb #71020f65
+# %% ../nbs/08_share.ipynb #19f9c0ac
 def _plot(f, *args, size=(4.5, 4.5), **kw):
     "A figure of `dicomcam.interpret` as (SVG, what it says)."
-    fig = Figure(size, layout='constrained')
+    fig = plt.Figure(size, layout='constrained')
     ax, svg = f(*args, ax=fig.subplots(), **kw), io.BytesIO()
     fig.savefig(svg, format='svg', metadata=dict(Date=None))
     says = [ax.get_title(), *ax.get_legend_handles_labels()[1], *(o.get_text().replace('\n', ' ') for o in ax.texts)]
