@@ -177,6 +177,7 @@ def test_report_holds_what_it_should(html, learn, folder):
     for o in 'ROC; AUC', 'Precision and recall', 'Confusion matrix', 'Reliability', 'Scores', 'ROC AUC by group': assert f'alt="{o}' in s, o
     figures = share.evaluate(share.predictions(learn, label_table(folder)))
     for k in 'auc', 'sensitivity', 'brier': assert f'{figures[k]["value"]:.2f} {figures[k]["low"]:.2f} to {figures[k]["high"]:.2f}' in t, k
+    assert 0 < s.count('class="wrong"') == t.count('(wrong)') == s.count('data-wrong="yes"') and 'class=&' not in s
     assert s.count('class="heat"') == 12*2*2 and s.count('<li class="case"') == 12
     assert s.count('class="outline"') == sum(o in {f.stem for f in (folder/'masks').glob('*.png')} for o in picked(learn, folder, 12))
 
@@ -278,6 +279,7 @@ def browser():
 def page(browser, html, request):
     "The report in a new page, which must stay without errors and ask nothing of the network"
     page, bad = browser.new_page(**getattr(request, 'param', {})), []
+    page.set_default_timeout(120_000) # a busy machine is no failure
     page.on('console', lambda o: bad.append(o.text)); page.on('pageerror', lambda o: bad.append(str(o)))
     page.on('request', lambda o: bad.append(o.url) if o.url.split(':')[0] not in ('file', 'data') else None)
     page.goto(html.as_uri())
