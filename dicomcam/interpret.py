@@ -26,13 +26,13 @@ from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
 
-# %% ../nbs/04_interpret.ipynb #543abeeb
+# %% ../nbs/04_interpret.ipynb #fdef566d
 def predictions(
     learn,      # Learner, from `dicom_learner` or `load_model`
     items=None, # None: the validation set; a table with columns file and label, as `label_table` gives; a DataLoader; a path, or a list of paths
 ) -> pd.DataFrame: # Columns file, label (missing if unknown), patient, loss (-log p of the label; for several labels the mean over the classes), and a class each
     "What the network says of each image, beside what is known of it. Raises ValueError for a label that it has not learnt."
-    table, vocab, label, known = items if isinstance(items, pd.DataFrame) else None, list(learn.dls.vocab), None, getattr(learn.dls, 'table', None)
+    table, vocab, label = items if isinstance(items, pd.DataFrame) else None, list(learn.dls.vocab), None
     if items is None: dl = learn.dls.valid
     elif isinstance(items, DataLoader): dl = items
     else: dl = learn.dls.test_dl([items] if isinstance(items, (str, Path)) else list(items if table is None else table.file), num_workers=0)
@@ -41,9 +41,10 @@ def predictions(
     files, probs = [Path(o) for o in dl.items], probs.double().numpy()
     if table is not None: label = table.get('label')
     elif targs is not None: label = [vocab[t] if t.ndim == 0 else tuple(c for c, o in zip(vocab, t) if o) for t in targs]
-    group = table if table is not None else known if known is not None and set(files) <= set(known.file) else None
-    patient = patient_ids(files) if group is None or 'group' not in group else group.set_index(group.file.map(Path)).group[files]
-    df = pd.DataFrame(dict(file=files, label=None, patient=np.asarray(patient, str), loss=np.nan))
+    known = getattr(learn.dls, 'table', None) if table is None else table
+    group = {} if known is None or 'group' not in known else dict(zip(map(Path, known.file), known.group))
+    patient = [group[o] for o in files] if set(files) <= set(group) else patient_ids(files)
+    df = pd.DataFrame(dict(file=files, label=None, patient=[str(o) for o in patient], loss=np.nan))
     if label is not None:
         df['label'], multi = list(label), isinstance(next(iter(label)), tuple)
         if new := {c for o in df.label for c in (o if multi else [o])} - set(vocab):
