@@ -7,8 +7,8 @@ Docs: https://dicomcam.github.io/dicomcam/share.html.md"""
 # %% auto #0
 __all__ = ['overlay', 'save_sc', 'save_seg', 'report']
 
-# %% ../nbs/08_share.ipynb #b3b69e92
-import io, re, warnings
+# %% ../nbs/08_share.ipynb #7fba9367
+import io, re, textwrap, warnings
 from base64 import b64encode
 from datetime import datetime
 from importlib.util import find_spec
@@ -50,11 +50,11 @@ def overlay(
     a = alpha*heat[..., None]
     return np.uint8(255*((1-a)*(x[..., None] if x.ndim == 2 else x) + a*colormaps[cmap](heat)[..., :3]) + .5)
 
-# %% ../nbs/08_share.ipynb #076a9138
+# %% ../nbs/08_share.ipynb #68304303
 def _captioned(rgb, lines, least=256):
     "`rgb` with lines of text in a black strip below; black beside it too where the text needs more than its width."
     rows, cols = rgb.shape[:2]
-    width = max(cols, least)
+    width, lines = max(cols, least), [o for line in lines for o in textwrap.wrap(line, 52)]
     strip = Image.new('RGB', (width, int(width/20*(len(lines)+.5))))
     ImageDraw.Draw(strip).multiline_text((width/60, width/80), '\n'.join(lines), 'white', ImageFont.load_default(width/30), spacing=width/90)
     out = np.zeros((rows+strip.height, width, 3), np.uint8)
@@ -86,7 +86,7 @@ def _carry(ds, src, keywords):
         if v.isprintable() and re.fullmatch(_FORM.get(k) or _FORM.get(vr, r'[^\\]+'), v): setattr(ds, k, v)
     return ds
 
-# %% ../nbs/08_share.ipynb #9066b25e
+# %% ../nbs/08_share.ipynb #5b420e7f
 _EMPTY = 'PatientName PatientID PatientBirthDate PatientSex StudyDate StudyTime ReferringPhysicianName StudyID AccessionNumber'.split() # must be there, may be empty
 _MORE = 'StudyInstanceUID IssuerOfPatientID EthnicGroup PatientAge PatientSize PatientWeight Occupation StudyDescription'.split()
 _LOSSY = {uid.JPEGBaseline8Bit: 'ISO_10918_1', uid.JPEGExtended12Bit: 'ISO_10918_1', uid.JPEGLSNearLossless: 'ISO_14495_1'}
@@ -112,7 +112,8 @@ def _derived(h, i):
 def _told(h, i, cls, layer):
     "Name of the class, and a line that says what the map is."
     k = h.cls(i, cls)
-    return str(h.classes[k]), f'{h.method} of {h.classes[k]} {h.probs[i, k]:.2f}, layer {h.layers[h.layer(layer)]}'
+    name = str(h.classes[k]).replace('\\', '/') # which parts values in DICOM
+    return name, f'{h.method} of {name} {h.probs[i, k]:.2f}, layer {h.layers[h.layer(layer)]}'
 
 def _many(src): return pixel_options(src)['number_of_frames'] > 1 and src.get('SOPClassUID') != uid.SecondaryCaptureImageStorage
 
