@@ -7,8 +7,8 @@ Docs: https://dicomcam.github.io/dicomcam/cli.html.md"""
 # %% auto #0
 __all__ = ['main', 'summary', 'train', 'explain', 'report', 'run_demo', 'demo']
 
-# %% ../nbs/09_cli.ipynb #c0d6eeb5
-import csv, glob, json, os, shutil, sys, time, warnings
+# %% ../nbs/09_cli.ipynb #d80a6d79
+import csv, glob, json, os, shutil, signal, sys, time, warnings
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ import click
 
 from . import __version__
 
-# %% ../nbs/09_cli.ipynb #2fe120b1
+# %% ../nbs/09_cli.ipynb #5c6cd79b
 class _Plain(click.Group):
     "A command group that turns what a person got wrong into one line and exit status 2, and Ctrl-C into 130."
     def invoke(self, ctx):
@@ -42,6 +42,7 @@ def main(debug):
     Example: dicomcam demo
     """
     os.environ.setdefault('MPLBACKEND', 'agg') # draw without a screen
+    signal.signal(signal.SIGTERM, signal.default_int_handler) # kill and timeout end it as Ctrl-C does
     warnings.showwarning = lambda message, *_: click.echo(f'dicomcam: {message}', err=True)
 
 # %% ../nbs/09_cli.ipynb #34b3b10e
@@ -112,13 +113,13 @@ def summary(folder, out, force, pixels, phi):
         df.to_csv(part, index=False) if out.endswith('.csv') else df.to_parquet(part)
     click.echo(f'{len(df)} files, {df.error.notna().sum()} with something that could not be read (column error). Table in {out}')
 
-# %% ../nbs/09_cli.ipynb #c7d292e7
+# %% ../nbs/09_cli.ipynb #3ab4f830
 def _positives(learn):
     "The classes that figures are about: the last of two, else each."
     return list(learn.dls.vocab)[-1 if len(learn.dls.vocab) == 2 and not learn.dls.setup['multi'] else 0:]
 
 def _say(m, figures=('accuracy', 'auc', 'average_precision', 'sensitivity', 'specificity', 'ppv', 'npv', 'brier', 'calibration_error')):
-    for k in figures: click.echo(f'{k:18} {m[k]["value"]:.2f}  (95 % interval {m[k]["low"]:.2f} to {m[k]["high"]:.2f})')
+    for k in figures: click.echo(f'{k:18} {m[k]["value"]:.2f}  (95 % interval {m[k]["low"]:.2f} to {m[k]["high"]:.2f})'.replace('nan', '?'))
 
 @main.command()
 @click.argument('folder')

@@ -145,7 +145,7 @@ def _interval(
 
 def _patients(patient, *of): return min(len(set(patient[k])) for k in of) # in the smallest of some sets of images
 
-# %% ../nbs/04_interpret.ipynb #c853f785
+# %% ../nbs/04_interpret.ipynb #86c9dcdf
 def _curves(y, p, patient, n_resamples, seed):
     "True and false positives as `_counts` gives them, and the patients in the smaller class."
     y, p = np.asarray(y, bool), np.asarray(p)
@@ -155,7 +155,7 @@ def _curves(y, p, patient, n_resamples, seed):
 def _band(ax, curves): # on a grid of 0 to 1
     ax.fill_between(np.linspace(0, 1, 201), *np.nanpercentile(curves, [2.5, 97.5], axis=0), alpha=0.2, label='95 % band')
 
-def _says(name, o): return f'{name} {o["value"]:.2f} ({o["low"]:.2f} to {o["high"]:.2f})'
+def _says(name, o): return f'{name} {o["value"]:.2f} ({o["low"]:.2f} to {o["high"]:.2f})'.replace('nan', '?')
 
 # %% ../nbs/04_interpret.ipynb #94b2891e
 @np.errstate(invalid='ignore')

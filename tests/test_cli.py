@@ -119,15 +119,15 @@ def test_what_is_there_stays_and_what_fails_leaves_nothing(tmp_path):
     (tmp_path/'empty').mkdir()
     with cli._output(tmp_path/'empty', False) as part: part.mkdir()
 
-@pytest.mark.parametrize('when', ['train', 'explain', 'summary'])
-def test_ctrl_c_leaves_nothing_and_exits_130(folder, model, tmp_path, when):
+@pytest.mark.parametrize('when, sig', [('train', signal.SIGINT), ('explain', signal.SIGINT), ('explain', signal.SIGTERM), ('summary', signal.SIGINT)])
+def test_ctrl_c_leaves_nothing_and_exits_130(folder, model, tmp_path, when, sig):
     args, sign = dict(train=(['train', folder, *small[:4], '--epochs', '9999'], 'Training'), explain=(['explain', model, *[f'{folder}/train/*/*']], 'Heatmaps of'),
                       summary=(['summary', folder, '--out', 'x.csv'], 'Reading'))[when]
     p = subprocess.Popen([sys.executable, '-u', '-m', 'dicomcam', *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) # which a shell's background jobs lack
     while sign not in (line := p.stdout.readline()): assert line, p.stderr.read()
     if when == 'train': time.sleep(3)
-    p.send_signal(signal.SIGINT)
+    p.send_signal(sig)
     out, err = p.communicate(timeout=60)
     assert p.returncode == 130 and err == 'dicomcam: stopped; nothing half-written is left.\n', err
     assert not list(tmp_path.iterdir())
