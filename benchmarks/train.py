@@ -74,7 +74,7 @@ def folds(path, seed=42, n=5):
 def tutorial_fit(path, t, df, k, r):
     set_seed(k, reproducible=True)
     valid = np.flatnonzero(df.fold == k)
-    dls = tutorial_dls(path, t, r['size'], r['bs'], 'item', 0, valid)
+    dls = tutorial_dls(path, t, r['size'], r['bs'] or 8, 'item', 0, valid)
     net = getattr(xresnet, r['arch'])(pretrained=False, act_cls=Mish, sa=True, n_out=2, c_in=dls.one_batch()[0].shape[1])
     learn = Learner(dls, net, loss_func=LabelSmoothingCrossEntropy(), metrics=[accuracy, RocAucBinary()], opt_func=ranger)
     with learn.no_bar(), learn.no_logging(): learn.fit_flat_cos(5, 5e-4)
