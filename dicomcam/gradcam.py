@@ -30,7 +30,7 @@ def cam_method(
     return put
 
 # %% ../nbs/06_gradcam.ipynb #cc23c4c1
-def _weighted(w, a): return torch.einsum('nc,ncij->nij', w, a)
+def _weighted(w, a): return (w[:, :, None, None]*a).sum(1)
 
 @cam_method('gradcam')
 def _gradcam(a, g):
