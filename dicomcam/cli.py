@@ -51,16 +51,16 @@ def _log_lines():
     from fastprogress import fastprogress
     if not sys.stdout.isatty(): fastprogress.NO_BAR, fastprogress.ConsoleProgressBar.fill = True, ' '
 
-# %% ../nbs/09_cli.ipynb #9b26ecbd
+# %% ../nbs/09_cli.ipynb #4e03d9ad
 @contextmanager
 def _output(
     out,   # File or folder
     force, # Replace what is there?
 ):
     "Where to write what becomes `out` at the end of the block; after an error nothing is left. Raises FileExistsError."
-    out = Path(out).expanduser().resolve()
+    given, out = out, Path(out).expanduser().resolve()
     if not force and out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise FileExistsError(f'{out}: is there already. Name another place with --out, or pass --force to replace it.')
+        raise FileExistsError(f'{given}: is there already. Name another place with --out, or pass --force to replace it.')
     part = out.with_name(f'.{os.getpid()}.{out.name}')
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -184,7 +184,7 @@ def _each(explain, files, n):
             else: yield None, 0, e
         else: yield from ((h, i, None) for i in range(len(batch)))
 
-# %% ../nbs/09_cli.ipynb #082384f2
+# %% ../nbs/09_cli.ipynb #caa13617
 _BOX = 'x', 'y', 'width', 'height', 'peak', 'mass', 'width_mm', 'height_mm'
 
 def _write(h, i, cls, name, dicom):
@@ -227,7 +227,7 @@ def explain(model, files, method, layer, cls, dicom, bs, out, force):
         maps = partial(gradcam, learn, layers=_stage(learn) if layer is None else layer, method=method)
         layer = maps(torch.zeros(1, 1, size, size), classes=cls).layers[0] # what is wrong with class, layer or method shows here
         part.mkdir()
-        with open(part/'heatmaps.csv', 'w', newline='') as f, click.progressbar(_each(maps, files, bs), len(files), f'Heatmaps of layer {layer}', show_pos=True) as bar:
+        with open(part/'heatmaps.csv', 'w', newline='', encoding='utf-8') as f, click.progressbar(_each(maps, files, bs), len(files), f'Heatmaps of layer {layer}', show_pos=True) as bar:
             table = csv.DictWriter(f, ['file', 'heatmap', *vocab, 'class', *_BOX, 'error'])
             table.writeheader()
             for (h, i, error), file, name in zip(bar, files, _below(files)):
