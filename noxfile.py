@@ -50,3 +50,9 @@ def colab(session):
     if changed: session.error(f'installing dicomcam changes what Colab has: {changed}')
     session.install('-c', pins, 'nbclient', 'nbformat')
     session.run('python', 'tools/save_outputs.py', '--check', *session.posargs[1:], env={'IN_TEST': '1'})
+
+@nox.session(python='3.12')
+def jupyterlab(session):
+    "The lessons in JupyterLab 4 in a real browser: nox -s jupyterlab -- --out screenshots nbs/01_dicom.ipynb"
+    session.install('-e', '.[dev]', 'jupyterlab>=4', 'playwright')
+    session.run('python', 'tools/jupyterlab.py', *session.posargs)
