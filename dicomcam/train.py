@@ -592,7 +592,7 @@ def train_learner(
     size, bs, epochs, lr = (r.pop(k) for k in ('size', 'bs', 'epochs', 'lr'))
     set_seed(seed, reproducible=True)
     learn = dicom_learner(dicom_dls(path, seed=seed, size=size, bs=bs or 8, **(data or {})), **r)
-    if bs is None: fill_card(learn)
+    if bs is None and fit: fill_card(learn)
     cbs = [Checkpoint(checkpoint, resume)] if checkpoint else []
     for o in cbs: o.check(learn, epochs)
     if fit: learn.fit_flat_cos(epochs, lr, cbs=cbs)
