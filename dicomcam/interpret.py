@@ -11,6 +11,7 @@ __all__ = ['ELEMENTS', 'predictions', 'positive_scores', 'plot_scores', 'plot_co
 
 # %% ../nbs/04_interpret.ipynb #571d5e77
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np, pandas as pd
@@ -30,6 +31,7 @@ from sklearn.preprocessing import OneHotEncoder
 def predictions(
     learn,      # Learner, from `dicom_learner` or `load_model`
     items=None, # None: the validation set; a table with columns file and label, as `label_table` gives; a DataLoader; a path, or a list of paths
+    progress=False, # Show a bar with the time left?
 ) -> pd.DataFrame: # Columns file, label (missing if unknown), patient, loss (-log p of the label; for several labels the mean over the classes), and a class each
     "What the network says of each image, beside what is known of it. Raises ValueError for a label that it has not learnt."
     table, vocab, label = items if isinstance(items, pd.DataFrame) else None, list(learn.dls.vocab), None
@@ -37,7 +39,7 @@ def predictions(
     elif isinstance(items, DataLoader): dl = items
     else: dl = learn.dls.test_dl([items] if isinstance(items, (str, Path)) else list(items if table is None else table.file), num_workers=0)
     if not len(dl.items): raise ValueError('No images: this learner has no validation set. Say which ones, items=label_table(FOLDER) for example.')
-    with learn.no_bar(): probs, targs = learn.get_preds(dl=dl)
+    with nullcontext() if progress else learn.no_bar(): probs, targs = learn.get_preds(dl=dl)
     files, probs = [Path(o) for o in dl.items], probs.double().numpy()
     if table is not None: label = table.get('label')
     elif targs is not None: label = [vocab[t] if t.ndim == 0 else tuple(c for c, o in zip(vocab, t) if o) for t in targs]

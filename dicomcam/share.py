@@ -317,9 +317,10 @@ def report(
     path=None,       # Folder whose `masks/` or `boxes.csv` know the lesions
     title=None,      # Heading
     side=512,        # Longest side of the images in the gallery, pixels
+    progress=False,  # Show a bar with the time left?
 ) -> Path:
     "One HTML file that needs nothing else: data, split, figures with intervals, subgroups with warnings, and a gallery of cases with heatmaps. Written whole or not at all."
-    df = predictions(learn, items)
+    df = predictions(learn, items, progress)
     vocab, known, multi = list(df.columns[4:]), df.label.notna().all(), isinstance(df.label.iloc[0], tuple)
     binary = len(vocab) == 2 and not multi
     positives = [positive] if positive is not None else vocab[-1:] if binary else vocab
