@@ -84,7 +84,7 @@ def _out(default, text): return _options(click.option('--out', default=default, 
 _labels = click.option('--labels', default='labels.csv', show_default=True, help='CSV in FOLDER: file, label.')
 _recipe = _options(
     click.option('--arch', help='Network, xresnet18 say, or one of timm; by default chosen for this machine.'),
-    click.option('--size', type=click.IntRange(32), help='Side of the images that the network sees, pixels.'),
+    click.option('--size', type=click.IntRange(64), help='Side of the images that the network sees, pixels.'),
     click.option('--epochs', type=click.IntRange(1), help='Passes over the training images.'),
     click.option('--bs', type=click.IntRange(1), help='Images in a batch.'),
     click.option('--seed', default=42, show_default=True, help='Seed of the split and the training.'))
@@ -184,7 +184,7 @@ def _each(explain, files, n):
             else: yield None, 0, e
         else: yield from ((h, i, None) for i in range(len(batch)))
 
-# %% ../nbs/09_cli.ipynb #caa13617
+# %% ../nbs/09_cli.ipynb #07e7eaed
 _BOX = 'x', 'y', 'width', 'height', 'peak', 'mass', 'width_mm', 'height_mm'
 
 def _write(h, i, cls, name, dicom):
@@ -202,6 +202,7 @@ def _write(h, i, cls, name, dicom):
         if len(boxes): save_seg(h, i, to('.seg.dcm'), cls)
     return boxes.to_dict('records') or [{}]
 
+# %% ../nbs/09_cli.ipynb #caa13617
 @main.command()
 @click.argument('model')
 @click.argument('files', nargs=-1, required=True, metavar='DICOM...')
@@ -269,7 +270,8 @@ def report(model, folder, labels, method, layer, positive, held_out, cases, phi,
         table = label_table(folder, labels, split.pop('by'))
         if held_out: table = table.iloc[patient_split(table, **split)[1]].reset_index(drop=True)
         click.echo(f'Looking at {len(table)} images ...')
-        write(learn, table, part, layers=layer, method=method, positive=positive, n=cases, phi=phi, path=folder, title=f'{Path(model).name} on {Path(folder).resolve().name}')
+        _log_lines()
+        write(learn, table, part, layers=layer, method=method, positive=positive, n=cases, phi=phi, path=folder, progress=True, title=f'{Path(model).name} on {Path(folder).resolve().name}')
     click.echo(f'Report in {out}')
 
 # %% ../nbs/09_cli.ipynb #a44d608a
@@ -336,7 +338,7 @@ def run_demo(
     with _step(secs, 'report', 'Writing the report ...'): write(learn, fn=out/'report.html', path=data, title=f'dicomcam demo on {data.name}')
     counts = {f'{side}, {label}': dict(row) for (side, label), row in split_counts(learn.dls).astype(object).iterrows()}
     secs['total'] = round(time.time()-start, 1)
-    metrics = dict(data=data.name, seed=seed, recipe=r, split=counts, **metrics, heatmaps=heat, seconds=secs)
+    metrics = dict(data=data.name, seed=seed, recipe={**r, 'bs': learn.dls.bs}, split=counts, **metrics, heatmaps=heat, seconds=secs)
     if 'pointing_game' in heat: metrics['pointing_game'] = heat['pointing_game'][heat['method']]['value']
     (out/'metrics.json').write_text(json.dumps(metrics, indent=2).replace('NaN', 'null'))
     return metrics
