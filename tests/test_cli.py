@@ -151,7 +151,8 @@ def test_summary(folder, tmp_path):
 # train
 
 def test_train_goes_on_where_it_stopped(folder, tmp_path):
-    args = ['train', folder, '--labels', 'labels.csv', '--arch', 'xresnet18', '--size', 32, '--bs', 4, '--seed', 3]
+    args = ['train', folder, '--labels', 'labels.csv', '--arch', 'xresnet18', '--size', 64, '--bs', 4, '--seed', 3]
+    one_line(here(*args, '--size', 32, '--out', tmp_path/'x', status=2), '--size', '64')
     here(*args, '--epochs', 2, '--out', tmp_path/'whole.safetensors')
     ck = tmp_path/'state.pt'
     r = CliRunner().invoke(main, [*map(str, args), '--epochs', '2', '--checkpoint', str(ck), '--out', str(tmp_path/'a'/'x.safetensors')], catch_exceptions=False)
