@@ -33,7 +33,7 @@ def coverage(session):
     session.run('pytest', '--cov=dicomcam', '--cov-report=term-missing', *session.posargs)
 
 def frozen(session):
-    return dict(o.split('==') for o in session.run('uv', 'pip', 'freeze', '--python', session.bin, silent=True, external=True).splitlines() if '==' in o)
+    return dict(o.split('==') for o in session.run('uv', 'pip', 'freeze', '--python', session.virtualenv.location, silent=True, external=True).splitlines() if '==' in o)
 
 @nox.session(python='3.13')
 def colab(session):
@@ -46,7 +46,8 @@ def colab(session):
     before = frozen(session)
     session.run('uv', 'build', '--wheel', '--out-dir', tmp/'dist', external=True)
     session.install('-c', pins, *(tmp/'dist').glob('dicomcam-*.whl'))
-    changed = {k: (v, frozen(session).get(k)) for k, v in before.items() if frozen(session).get(k) != v}
+    after = frozen(session)
+    changed = {k: (v, after.get(k)) for k, v in before.items() if after.get(k) != v}
     if changed: session.error(f'installing dicomcam changes what Colab has: {changed}')
     session.install('-c', pins, 'nbclient', 'nbformat')
     session.run('python', 'tools/save_outputs.py', '--check', *session.posargs[1:], env={'IN_TEST': '1'})
@@ -54,5 +55,5 @@ def colab(session):
 @nox.session(python='3.12')
 def jupyterlab(session):
     "The lessons in JupyterLab 4 in a real browser: nox -s jupyterlab -- --out screenshots nbs/01_dicom.ipynb"
-    session.install('-e', '.[dev]', 'jupyterlab>=4', 'playwright')
+    session.install('-e', '.[dev]', 'jupyterlab>=4')
     session.run('python', 'tools/jupyterlab.py', *session.posargs)

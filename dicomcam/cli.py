@@ -271,7 +271,7 @@ def report(model, folder, labels, method, layer, positive, held_out, cases, phi,
         if held_out: table = table.iloc[patient_split(table, **split)[1]].reset_index(drop=True)
         click.echo(f'Looking at {len(table)} images ...')
         _log_lines()
-        write(learn, table, part, layers=layer, method=method, positive=positive, n=cases, phi=phi, path=folder, progress=True, title=f'{Path(model).name} on {Path(folder).resolve().name}')
+        write(learn, table, part, layers=layer, method=method, positive=positive, n=cases, phi=phi, path=folder, progress=True, title=Path(model).name+(f' on {Path(folder).resolve().name}' if phi else ''))
     click.echo(f'Report in {out}')
 
 # %% ../nbs/09_cli.ipynb #a44d608a
@@ -335,7 +335,7 @@ def run_demo(
         df = predictions(learn)
         metrics = evaluate(df, positive=learn.dls.vocab[-1])
     with _step(secs, 'heatmaps', f'Drawing {len(df)} heatmaps ...'): heat = _heatmaps(learn, df, data, out/'heatmaps')
-    with _step(secs, 'report', 'Writing the report ...'): write(learn, fn=out/'report.html', path=data, title=f'dicomcam demo on {data.name}')
+    with _step(secs, 'report', 'Writing the report ...'): write(learn, fn=out/'report.html', path=data, title='dicomcam demo')
     counts = {f'{side}, {label}': dict(row) for (side, label), row in split_counts(learn.dls).astype(object).iterrows()}
     secs['total'] = round(time.time()-start, 1)
     metrics = dict(data=data.name, seed=seed, recipe={**r, 'bs': learn.dls.bs}, split=counts, **metrics, heatmaps=heat, seconds=secs)

@@ -312,17 +312,17 @@ def subgroups(
     elements=ELEMENTS, # DICOM keywords
     n_resamples=1000,  # Bootstrap resamples
     seed=42,           # Of the resampling
+    table=None,        # Labelled images on which the header alone is tried; None: all that a Learner knows, those for training too, else those above
 ) -> pd.DataFrame:     # Index: element, value; columns images, patients, positives, rate, auc, low, high, header_auc
-    """Results by what the header has, with 95 % intervals, AUC NaN where there is one class only; and how well the element alone predicts the label: on all labelled
-    images that a Learner knows, those for training too."""
+    "Results by what the header has, with 95 % intervals, AUC NaN where there is one class only; and how well the element alone predicts the label (`header_auc`)."
     df = _frame(learn, items)
     p, y, patient = positive_scores(df, positive=positive)
-    table = df if items is not None or isinstance(learn, pd.DataFrame) else getattr(learn.dls, 'table', df)
+    if table is None: table = df if items is not None or isinstance(learn, pd.DataFrame) else getattr(learn.dls, 'table', df)
     alone, rows = header_auc(table, _positive(df, positive), elements, n_resamples, seed), []
     for name, x in _groups(df.file, elements).items():
         for value in sorted(set(x)):
             k = (x == value).to_numpy()
-            auc = _figures(y[k], p[k], p[k] >= .5, patient[k], n_resamples, seed)['auc']
+            auc = _interval(_auc(*_counts(y[k], p[k], _resamples(patient[k], n_resamples, seed))), _patients(patient[k], y[k], ~y[k]))
             rows.append((name, value, k.sum(), len(set(patient[k])), y[k].sum(), y[k].mean(), *auc.values(), alone.value.get(name, np.nan)))
     cols = ['element', 'value', 'images', 'patients', 'positives', 'rate', 'auc', 'low', 'high', 'header_auc']
     return pd.DataFrame(rows, columns=cols).set_index(['element', 'value'])

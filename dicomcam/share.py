@@ -19,7 +19,7 @@ from . import __version__
 from .cam import Heatmaps, _conv_stages, _split, positive, to_unit
 from .dicom import _values, pixel_options, read_dicom, transfer_syntax
 from .gradcam import gradcam
-from .interpret import (evaluate, header_auc, plot_calibration, plot_confusion, plot_pr, plot_roc, plot_scores, plot_subgroups,
+from .interpret import (evaluate, plot_calibration, plot_confusion, plot_pr, plot_roc, plot_scores, plot_subgroups,
                                 positive_scores, predictions, subgroups)
 from .train import _whole, split_counts
 from .trust import lesion_mask
@@ -264,13 +264,10 @@ def _result(df, positive, threshold, vocab):
 
 def _group(df, table, positive):
     "Results of one class by subgroup, and warnings of what the header gives away in `table`."
-    with warnings.catch_warnings(record=True):
-        warnings.simplefilter('always')
-        g = subgroups(df, positive=positive)
-    if g.empty: return None
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
-        g['header_auc'] = g.index.get_level_values('element').map(header_auc(table, positive).value)
+        g = subgroups(df, positive=positive, table=table)
+    if g.empty: return None
     return dict(positive=positive, warnings=[str(o.message) for o in said if o.category is UserWarning], rows=g.reset_index().to_dict('records'),
                 plots=[_plot(plot_subgroups, g, size=(6, .8+.3*len(g)))])
 

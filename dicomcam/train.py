@@ -432,7 +432,6 @@ def _train_step(learn, bs):
         loss = model(torch.zeros(bs, 1, size, size, device=device)).float().sum()
     loss.backward()
 
-
 # %% ../nbs/03_train.ipynb #231f18ba
 def fill_card(
     learn,            # From `dicom_learner`
@@ -448,7 +447,6 @@ def fill_card(
         bs *= 2
     for dl in learn.dls.loaders: dl.bs = bs
     return bs
-
 
 # %% ../nbs/03_train.ipynb #59e95194
 def _bare(learn): return getattr(learn.model, 'module', learn.model) # without what distributes it

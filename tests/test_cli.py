@@ -261,7 +261,7 @@ def test_report(folder, model, tmp_path):
     n = len(patient_split(table)[1])
     assert f'Looking at {n} images' in r.stdout and r.stdout.splitlines()[-1] == f'Report in {tmp_path/"r.html"}'
     text = (tmp_path/'r.html').read_text()
-    assert 'm.safetensors on ' in text and not any(o in text for o in table.group) # no PatientID
+    assert '<h1>m.safetensors</h1>' in text and folder.name not in text.split('</h1>')[0] and not any(o in text for o in table.group) # no PatientID
     one_line(here('report', model, folder, '--out', tmp_path/'r.html', status=2), 'is there already')
     pd.read_csv(folder/'labels.csv').replace('Pneumothorax', 'Flu').to_csv(tmp_path/'flu.csv', index=False)
     one_line(here('report', model, folder, '--labels', tmp_path/'flu.csv', '--out', tmp_path/'x.html', status=2), "'Flu'")

@@ -13,10 +13,10 @@ RUN = '''async fn => { // the notebook's own commands, as the menu gives them
     const app = window.jupyterapp, panel = await app.commands.execute('docmanager:open', {path: fn, factory: 'Notebook'})
     await panel.context.ready; await panel.sessionContext.ready
     for (const c of panel.content.model.cells) if (c.sharedModel.source.startsWith('#| eval: false')) c.sharedModel.source = '' // pip install
-    await app.commands.execute('notebook:run-all-cells') }'''
+    window.ran = false; app.commands.execute('notebook:run-all-cells').finally(() => { window.ran = true }) }'''
 STATE = '''() => { const n = window.jupyterapp.shell.currentWidget.content, out = [...n.model.cells].flatMap(c => c.type == 'code' ? c.outputs.toJSON() : [])
     return {errors: out.filter(o => o.output_type == 'error').map(o => `${o.ename}: ${o.evalue}`), pictures: out.filter(o => o.data && o.data['image/png']).length,
-            progress: out.filter(o => o.data && /<progress/.test(String(o.data['text/html']))).length, busy: n.model.cells.length && [...n.model.cells].some(c => c.executionState == 'running')} }'''
+            progress: out.filter(o => o.data && /<progress/.test(String(o.data['text/html']))).length} }'''
 
 def serve(folder, port, token):
     "JupyterLab on a folder, ready to answer"
@@ -31,8 +31,7 @@ def serve(folder, port, token):
 def look(page, fn, out, limit):
     "Run one notebook; how it ended"
     page.evaluate(RUN, fn.name)
-    page.wait_for_timeout(500)
-    page.wait_for_function('() => window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.status == "idle"', timeout=limit*1000, polling=500)
+    page.wait_for_function('() => window.ran', timeout=limit*1000, polling=500)
     page.evaluate('() => { window.jupyterapp.shell.collapseLeft(); window.jupyterapp.shell.currentWidget.content.activeCellIndex = 0 }')
     state, pane = page.evaluate(STATE), page.locator('.jp-WindowedPanel-outer:visible').first
     for k in range(3): # top, middle, end
