@@ -6,7 +6,8 @@ All candidates are run in turns, `--runs` times, and each median is divided by t
 two classes at all four stages, eight maps an image. Memory is the peak above what the loaded model and the batch take, each
 candidate in a process of its own (on CUDA: what torch allocates). `--quick` leaves out the candidates above ten forward passes.
 Needs captum, torchcam and grad-cam; what is not installed is left out, and the table says so."""
-import argparse, functools, json, logging, os, platform, resource, statistics, subprocess, sys, time, warnings
+import argparse, functools, json, logging, platform, re, statistics, subprocess, sys, time, warnings
+from pathlib import Path
 
 warnings.simplefilter('ignore')
 logging.disable(logging.WARNING)
@@ -114,9 +115,11 @@ def peak(f):
         torch.cuda.reset_peak_memory_stats()
         f()
         return (torch.cuda.max_memory_allocated()-before)/2**20
-    with open('/proc/self/statm') as s: before = int(s.read().split()[1])*os.sysconf('SC_PAGE_SIZE')
+    Path('/proc/self/clear_refs').write_text('5') # the peak so far, of importing torch for one, is forgotten
+    now = lambda k: int(re.search(rf'{k}:\s+(\d+)', Path('/proc/self/status').read_text())[1])/1024
+    before = now('VmRSS')
     f()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024 - before/2**20
+    return now('VmHWM') - before
 
 if args.memory:
     print(peak(globals()[args.memory]))

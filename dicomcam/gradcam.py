@@ -11,7 +11,9 @@ __all__ = ['METHODS', 'cam_method', 'gradcam']
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from .cam import (Heatmaps, _conv_stages, _explain, _is_map, _last_stage, _scores, _several, _split, _two_sided,
                           layer_name, outputs_of)
@@ -79,13 +81,37 @@ def _check(acts, names):
             got = f'shape {tuple(acts[n].shape)}' if isinstance(acts[n], torch.Tensor) else type(acts[n]).__name__
             raise ValueError(f'Layer {n} has no spatial extent: it returns {got}, wanted (n, c, h, w) of more than one position. Take an earlier layer.')
 
+# %% ../nbs/06_gradcam.ipynb #6a72a2f9
+class _Scale(torch.autograd.Function):
+    "Batch norm in `eval` mode, as torch has it; back goes the gradient times each channel's scale, rounded as torch does, and nothing else."
+    @staticmethod
+    def forward(ctx, x, mean, var, weight, bias, eps):
+        exact = var if var.device.type == 'mps' else var.double() # as torch rounds it
+        ctx.save_for_backward((exact+eps).rsqrt().to(var.dtype), weight)
+        return F.batch_norm(x, mean, var, weight, bias, eps=eps)
+    @staticmethod
+    def backward(ctx, g):
+        (scale, weight), per_channel = ctx.saved_tensors, (-1, *[1]*(g.ndim-2))
+        res = g*scale.view(per_channel)
+        if weight is not None: res *= weight.view(per_channel)
+        return res.to(g.dtype), None, None, None, None, None
+
+class _LeanNorm(TorchFunctionMode):
+    "Inside, batch norms in `eval` mode go by `_Scale`, unless their weights come out of the network itself."
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not F.batch_norm: return func(*args, **kwargs or {})
+        def norm(x, mean, var, weight=None, bias=None, training=False, momentum=.1, eps=1e-5):
+            if training or any(o is not None and not o.is_leaf for o in (mean, var, weight, bias)): return func(*args, **kwargs or {})
+            return _Scale.apply(x, mean, var, *(o if o is None else o.detach() for o in (weight, bias)), eps)
+        return norm(*args, **kwargs or {})
+
 # %% ../nbs/06_gradcam.ipynb #231a1ac5
 def _wide(t): return t if t.dtype == torch.float64 else t.float()
 
 def _gradcam_batch(model, xb, pick, layers, f, grad):
     "Raw maps of one batch: one forward pass, then one pass back a class, down to the earliest layer. `f` and `grad` are of `METHODS`."
     names = layers or _conv_stages(model)
-    with torch.set_grad_enabled(grad), outputs_of(model, names) as acts: out = _scores(model, xb)
+    with torch.set_grad_enabled(grad), outputs_of(model, names) as acts, _LeanNorm(): out = _scores(model, xb)
     names = layers or [_last_stage(acts, names)]
     _check(acts, names)
     xs, scores, raw = [acts[n] for n in names], _two_sided(out), [[] for _ in names]
@@ -95,7 +121,8 @@ def _gradcam_batch(model, xb, pick, layers, f, grad):
         if scores.requires_grad: gs = torch.autograd.grad(scale*scores[:, k].sum(), xs, retain_graph=j+1 < len(idx), allow_unused=True)
         for r, a, g, n in zip(raw, xs, gs, names):
             if grad and g is None: raise ValueError(f'The scores do not depend on layer {n} in a way that autograd can follow. Name a layer on the way to them.')
-            with torch.no_grad(), torch.autocast(xb.device.type, enabled=False): r.append(f(_wide(a.detach()), _wide(g)/scale if grad else None))
+            with torch.no_grad(), torch.autocast(xb.device.type, enabled=False): 
+                r.append(f(_wide(a.detach()), (_wide(g) if scale == 1 else _wide(g)/scale) if grad else None))
     return [torch.stack(r, 1) for r in raw], out, names
 
 # %% ../nbs/06_gradcam.ipynb #8f96765f

@@ -16,7 +16,7 @@ def lively(net, seed=0):
     "Normalisation layers as after training, rather than the identity"
     g = torch.Generator().manual_seed(seed)
     for m in net.modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.affine:
             for t, lo, hi in ((m.running_mean, -.2, .2), (m.running_var, .5, 2), (m.weight.data, .5, 1.5), (m.bias.data, -.2, .2)):
                 t.copy_(torch.rand(t.shape, generator=g)*(hi-lo)+lo)
     return net

@@ -1,13 +1,15 @@
 "Every method against other libraries or its formula, on several networks; the modes, formats and precisions that it must work in"
-import gc
+import contextlib, gc
+from unittest import mock
 
 import pytest, torch
 from fastai.vision.all import xresnet18, Mish
 from test_cam import batch, lively, make, same, state
 from torch import nn
+from torch.nn import functional as F
 from torchvision.models import densenet121, resnet18
 
-from dicomcam.gradcam import METHODS, cam_method, gradcam
+from dicomcam.gradcam import METHODS, _LeanNorm, cam_method, gradcam
 
 LAYERS = dict(xresnet18=['4', '6', '7'], xresnet50=['5', '7'], resnet18=['layer2', 'layer4.1'], densenet121=['features.denseblock2', 'features.denseblock4', 'features'])
 CUDA = pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA GPU'))
@@ -247,3 +249,48 @@ def test_cuda_gives_what_cpu_gives():
     a = gradcam(net, batch(), layers=[-6, -5])
     b = gradcam(net.cuda(), batch(), layers=[-6, -5])
     for p, q in zip(a.raw, b.raw): nearly(q, p, 1e-3)
+
+# batch norms in eval mode take a shorter way back
+
+class Shaped(nn.Module):
+    "Batch norm whose weights the network makes itself, one that is training, one without weights, one after pooling"
+    def __init__(self):
+        super().__init__()
+        self.conv, self.make, self.last = nn.Conv2d(3, 4, 3), nn.Linear(4, 8), nn.Conv2d(4, 4, 3, padding=1)
+        self.live, self.plain, self.flat, self.head = nn.BatchNorm2d(4, momentum=0.), nn.BatchNorm2d(4, affine=False), nn.BatchNorm1d(4), nn.Linear(4, 2)
+    def forward(self, x):
+        x = self.conv(x)
+        w, b = self.make(x.mean((0, 2, 3))).split(4)
+        x = self.live(F.batch_norm(x, torch.zeros_like(w), torch.ones_like(w), w, b))
+        return self.head(self.flat(self.plain(self.last(x).relu()).mean((2, 3))))
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('name', ['xresnet18', 'densenet121', 'shaped'])
+def test_lean_norm_gives_the_same_maps(name, dtype):
+    torch.manual_seed(0)
+    net = lively(Shaped()).eval() if name == 'shaped' else make(name).eval()
+    if name == 'shaped': net.live.train()
+    net, x, layers = net.to(dtype), batch(size=64).to(dtype), LAYERS.get(name, ['conv', 'last'])
+    h = gradcam(net, x, layers=layers)
+    with mock.patch('dicomcam.gradcam._LeanNorm', contextlib.nullcontext): plain = gradcam(net, x, layers=layers)
+    for a, b in zip(h.raw, plain.raw): nearly(a, b, .05 if dtype == torch.bfloat16 else 1e-6)
+
+def test_lean_norm_keeps_less_and_is_gone_afterwards():
+    net, x, kept = xresnet18(n_out=2).eval(), batch(7, size=64), []
+    def count(t): kept.append(t.numel() if len(t) == 7 else 0); return t
+    sizes = []
+    for mode in _LeanNorm, contextlib.nullcontext:
+        kept.clear()
+        with mode(), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t): net(x)
+        sizes.append(sum(kept))
+    assert sizes[0] < .75*sizes[1], sizes
+    with pytest.raises(RuntimeError, match='boom'), _LeanNorm(): raise RuntimeError('boom')
+    out = net(x)
+    assert any('BatchNorm' in type(f).__name__ for f in graph(out.grad_fn))
+
+def graph(f):
+    "All nodes of autograd's graph"
+    seen, todo = set(), [f]
+    while todo:
+        if (o := todo.pop()) not in seen: seen.add(o); todo += [n for n, _ in o.next_functions if n]
+    return seen
