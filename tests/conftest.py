@@ -3,6 +3,11 @@ from pathlib import Path
 
 import pytest
 
+def pytest_configure(config): config.addinivalue_line('markers', 'posix: needs the signals, terminals or pipes of Linux and macOS')
+
+def pytest_runtest_setup(item):
+    if os.name == 'nt' and item.get_closest_marker('posix'): pytest.skip('Windows has no such signals, terminals or pipes')
+
 @pytest.fixture(scope='session')
 def folder(tmp_path_factory):
     "A small phantom: 30 X-rays of 96 pixels with labels.csv, masks and boxes"

@@ -1,5 +1,5 @@
 "The commands, run as a person runs them: whole on a small folder, refused in one line, stopped in the middle."
-import csv, json, os, pty, shutil, signal, subprocess, sys, time
+import csv, json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np, pandas as pd, pydicom, pytest
@@ -119,6 +119,7 @@ def test_what_is_there_stays_and_what_fails_leaves_nothing(tmp_path):
     (tmp_path/'empty').mkdir()
     with cli._output(tmp_path/'empty', False) as part: part.mkdir()
 
+@pytest.mark.posix
 @pytest.mark.parametrize('when, sig', [('train', signal.SIGINT), ('explain', signal.SIGINT), ('explain', signal.SIGTERM), ('summary', signal.SIGINT)])
 def test_ctrl_c_leaves_nothing_and_exits_130(folder, model, tmp_path, when, sig):
     args, sign = dict(train=(['train', folder, *small[:4], '--epochs', '9999'], 'Training'), explain=(['explain', model, *[f'{folder}/train/*/*']], 'Heatmaps of'),
@@ -242,7 +243,9 @@ def test_explain_streams():
     assert len(rest) == 999 and max(map(len, asked)) == 5 and len(asked) == 200+5
     assert [k for k, (h, i, e) in enumerate(rest, 1) if e] == [7] and all(e or h[i] == files[k] for k, (h, i, e) in enumerate(rest, 1))
 
+@pytest.mark.posix
 def test_a_terminal_sees_progress_and_time_left(folder, model, tmp_path):
+    import pty
     files, seen = sorted((folder/'train').rglob('*.dcm'))[:4], []
     master, slave = pty.openpty()
     p = subprocess.Popen([sys.executable, '-m', 'dicomcam', 'explain', str(model), *map(str, files), '--bs', '1', '--out', str(tmp_path/'maps')], stdout=slave, stderr=slave, env={**os.environ, 'TERM': 'xterm', 'COLUMNS': '100'})

@@ -1,5 +1,5 @@
 "The phantom (layout, masks, same bytes, no shortcut), its cache, and where data comes from on line and off."
-import functools, http.server, os, shutil, signal, socket, subprocess, sys, tarfile, threading, time
+import functools, http.server, os, shutil, socket, subprocess, sys, tarfile, threading, time
 
 import cv2, numpy as np, pandas as pd, pydicom, pytest
 from pydicom.uid import JPEGBaseline8Bit
@@ -150,7 +150,7 @@ def test_killed_run_leaves_nothing_half_written(cache):
     p = subprocess.Popen([sys.executable, '-c', code], env=os.environ)
     deadline = time.time()+60
     while not list(cache.glob('.*/train/*/*.dcm')) and time.time()<deadline: time.sleep(.05)
-    p.send_signal(signal.SIGKILL); p.wait()
+    p.kill(); p.wait()
     left = list(cache.iterdir())
     assert len(left)==1 and left[0].name.endswith('.part')
     phantom(n=2, size=32, n_jobs=1, progress=False)

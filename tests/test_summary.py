@@ -1,5 +1,5 @@
 """The table: fastai's columns and values, NumPy's statistics, a row for each file whatever happens, and no process left behind"""
-import json, math, os, pty, signal, subprocess, sys, time
+import json, math, os, signal, subprocess, sys, time
 from pathlib import Path
 from unittest import mock
 
@@ -212,6 +212,7 @@ from dicomcam.summary import summarize
 assert len(summarize({IMAGES!r}*4, n_jobs=2))=={4*len(IMAGES)}''')
     assert r.returncode==0, r.stderr
 
+@pytest.mark.posix
 @pytest.mark.parametrize('whole_group', [True, False], ids=['terminal','notebook'])
 def test_interrupt(whole_group):
     "Ctrl-C: stops at once and leaves no process behind"
@@ -234,7 +235,9 @@ print(subprocess.run(['ps','-o','args=','--ppid',str(os.getpid())], capture_outp
     left = subprocess.run(['ps','-o','stat=,args=','-s',str(p.pid)], capture_output=True, text=True).stdout.splitlines()
     assert not [o for o in left if not o.startswith('Z')], left # a Z is dead: whoever started it has only not asked after it yet
 
+@pytest.mark.posix
 def test_progress_in_a_terminal():
+    import pty
     main,side = pty.openpty()
     p = subprocess.Popen([sys.executable, '-c', f'from dicomcam.summary import *; summarize({IMAGES!r}*20, n_jobs=2)'], stdout=side, stderr=side)
     os.close(side)
@@ -263,7 +266,7 @@ def test_find(tmp_path):
         (tmp_path/o).parent.mkdir(exist_ok=True)
         (tmp_path/o).write_bytes(src)
     (tmp_path/'not.dcm').write_text('no')
-    os.mkfifo(tmp_path/'fifo.dcm')
+    if os.name != 'nt': os.mkfifo(tmp_path/'fifo.dcm')
     (tmp_path/'loop').symlink_to(tmp_path)
     assert [str(o.relative_to(tmp_path)) for o in find_dicoms(tmp_path)]==['c.txt', 'a/10', 'a/x', 'b/2.dcm', 'b/IM0001']
     assert find_dicoms(tmp_path/'c.txt')==[tmp_path/'c.txt']
