@@ -12,7 +12,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .cam import (Heatmaps, _conv_stages, _explain, _is_map, _last_stage, _scores, _several, _split, _two_sided,

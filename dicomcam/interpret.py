@@ -215,8 +215,8 @@ def plot_calibration(
         ci = binomtest(int(o.sum()), len(o)).proportion_ci(method='wilson')
         ax.errorbar(x, o.mean(), [[o.mean()-ci.low], [ci.high-o.mean()]], fmt='o', c='C0', capsize=3)
         ax.annotate(len(o), (x, o.mean()), (5, 5), textcoords='offset points', fontsize=8)
-    ax.set(title='Reliability (with the number of images)', xlabel='mean probability in the bin', ylabel='share of positives', aspect='equal', xlim=(-.02, 1.02), ylim=(-.02, 1.02))
-    ax.legend(loc='lower right')
+    ax.set(title='Reliability (with the number of images)', xlabel='mean probability in the bin', ylabel='share of positives', aspect='equal', xlim=(-.02, 1.02), ylim=(-.02, 1.1))
+    ax.legend(loc='upper left')
     return ax
 
 # %% ../nbs/04_interpret.ipynb #6bd5c98e

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import cv2, numpy as np, pandas as pd
 from . import __version__
-from .cam import Heatmaps, _conv_stages, _split, positive, to_unit
+from .cam import _conv_stages, _split, positive, to_unit
 from .dicom import _values, pixel_options, read_dicom, transfer_syntax
 from .gradcam import gradcam
 from .interpret import (evaluate, plot_calibration, plot_confusion, plot_pr, plot_roc, plot_scores, plot_subgroups,
@@ -191,6 +191,7 @@ def save_seg(
         warnings.simplefilter('ignore', UserWarning) # of names of one component only: they are as the source has them
         seg = Segmentation([ref], mask[None], 'BINARY', [segment], uid.generate_uid(), 9002, uid.generate_uid(), 1, 'dicomcam', 'dicomcam', __version__, 'none',
                            content_label='HEATMAP', content_description=what[:64], series_description=f'Not for diagnostic use: {what}'[:64])
+    seg.SpecificCharacterSet = 'ISO_IR 192' # highdicom before 0.28 leaves it out
     if 'FrameOfReferenceUID' not in seg: _carry(seg, src, ['PatientOrientation']).setdefault('PatientOrientation', '')
     seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence[0].ReferencedSOPClassUID = sop_class
     for o in (seg.SourceImageSequence[0], seg.PerFrameFunctionalGroupsSequence[0].DerivationImageSequence[0].SourceImageSequence[0]):

@@ -1,4 +1,4 @@
-"""From a folder of DICOM files and a `labels.csv` to a trained xresnet: how to split without leaking patients, what the network is made of, how it learns, and how to save it so that a stranger can open the file without fear.
+"""From a folder of DICOM files and a `labels.csv` to a trained network: how to split without leaking patients, what the network is made of, how it learns, and how to save it so that a stranger can open the file without fear.
 
 Docs: https://dicomcam.github.io/dicomcam/train.html.md"""
 
@@ -206,7 +206,7 @@ class ImageCache:
     def where(self, fn):
         "The cached file of the DICOM file `fn`, by its content; fingerprints are kept while size and time of `fn` stay the same."
         known = self.digests.get(fn)
-        if known is None or known[0] != (stat := _stat(fn)):
+        if known is None or known[0] != _stat(fn):
             with open(fn, 'rb') as f: known = _stat(fn), hashlib.file_digest(f, partial(hashlib.blake2b, digest_size=16)).hexdigest()
             self.digests[fn] = known
         return self.dir/f'{known[1]}.u16'

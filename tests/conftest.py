@@ -1,6 +1,9 @@
 import os
 from pathlib import Path
 
+if n := os.environ.get('PYTEST_XDIST_WORKER_COUNT'): # before torch is imported: the workers share the cores
+    os.environ.setdefault('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1)//int(n))))
+
 import pytest
 
 def pytest_configure(config): config.addinivalue_line('markers', 'posix: needs the signals, terminals or pipes of Linux and macOS')

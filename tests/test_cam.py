@@ -145,7 +145,7 @@ def test_boxes_in_pixels_and_millimetres(tmp_path):
     assert b[['x', 'y', 'width', 'height']].values.tolist() == [[20, 5, 30, 10], [2, 30, 4, 5]]
     assert b.width_mm.tolist() == [15, 2] and b.height_mm.tolist() == [2, 1]
     assert b.mass.tolist() == pytest.approx([300/314.4, 14/314.4])
-    assert len(h.boxes(0, at=.3)) == 3
+    assert [len(h.boxes(0, at=o)) for o in (.3, .42, .69, .71)] == [3, 2, 2, 1]
     assert len(Heatmaps([raw*0], raw, torch.ones(1, 1), ['a'], ['l'], 'test').boxes(0)) == 0
 
 def test_files_through_a_learner(tmp_path):

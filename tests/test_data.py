@@ -1,5 +1,5 @@
 "The phantom (layout, masks, same bytes, no shortcut), its cache, and where data comes from on line and off."
-import functools, http.server, os, shutil, socket, subprocess, sys, tarfile, threading, time
+import functools, http.server, os, socket, subprocess, sys, tarfile, threading, time
 
 import cv2, numpy as np, pandas as pd, pydicom, pytest
 from pydicom.uid import JPEGBaseline8Bit
