@@ -1,4 +1,4 @@
-"""A heatmap always shows something, and most look convincing. Here each method and each layer is put to the test: against the lesion's true outline, against maps that know nothing of the model, against the model's own score, and against a model whose weights were shuffled away.
+"""A heatmap always shows something, and most look convincing. Here each method and each layer is put to the test: against the lesion's true outline, against maps that know nothing of the model, against the model's own score, against a model whose weights were shuffled away, and on films where a word gives the answer away.
 
 Docs: https://dicomcam.github.io/dicomcam/trust.html.md"""
 
