@@ -1,4 +1,4 @@
-"""A classifier says "pneumothorax, 0.94". With one hook and one `einsum` you make it show which part of the X-ray that number came from, for every class at once, and lay the answer over the original image.
+"""A classifier says "pneumothorax, 0.94". With a dozen lines of PyTorch you make it show which part of the X-ray that number came from, for every class at once, and lay the answer over the original image.
 
 Docs: https://dicomcam.github.io/dicomcam/cam.html.md"""
 
