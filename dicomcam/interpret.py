@@ -296,8 +296,9 @@ def header_auc(
     y = table.label.map(lambda o: positive in o if isinstance(o, tuple) else o == positive).to_numpy(bool)
     patient, rows = table.get('group', table.get('patient')).to_numpy(str), {}
     n, w = min(5, _patients(patient, y, ~y)), _resamples(patient, n_resamples, seed)
-    for name, x in _groups(table.file, elements).items() if n > 1 else ():
-        folds = list(StratifiedGroupKFold(n, shuffle=True, random_state=seed).split(y, y, patient))
+    folds = list(StratifiedGroupKFold(n, shuffle=True, random_state=seed).split(y, y, patient)) if n > 1 else []
+    if any(len(set(y[a])) < 2 for a, _ in folds): folds = [] # too few patients to learn from
+    for name, x in _groups(table.file, elements).items() if folds else ():
         p = cross_val_predict(make_pipeline(OneHotEncoder(handle_unknown='ignore'), LogisticRegression()), x.to_frame(), y, cv=folds, method='predict_proba')[:, 1]
         r = rows[name] = _interval(np.nanmean([_auc(*_counts(y[b], p[b], w[:, b])) for _, b in folds], 0))
         if r['value'] >= .55 and r['low'] > .5:

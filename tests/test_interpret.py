@@ -1,5 +1,6 @@
 "Figures equal to scikit-learn's, intervals that other computations give too, thresholds scored on other patients, headers that give the label away."
 import json, warnings
+from unittest import mock
 
 import numpy as np, pandas as pd, pytest
 from matplotlib import pyplot as plt
@@ -252,6 +253,17 @@ def test_labels_at_random_make_no_header_suspect(xrays):
         warnings.simplefilter('error')
         h = header_auc(table.assign(label=rng.permutation(table.label)), 'Pneumonia', n_resamples=200)
     assert (abs(h.value-.5) < .1).all()
+
+def test_too_few_patients_for_a_header_to_learn_from(folder):
+    "scikit-learn 1.6 may put all positives into one fold: nothing is said then, rather than an error from inside"
+    table = label_table(folder)
+    ill = np.flatnonzero(table.label == 'Pneumothorax')
+    rest = np.setdiff1d(np.arange(len(table)), ill)
+    with mock.patch('dicomcam.interpret.StratifiedGroupKFold') as k:
+        k().split.return_value = [(rest, ill), (ill, rest)]
+        assert header_auc(table, 'Pneumothorax').empty
+        g = subgroups(frame(np.linspace(0, 1, len(table)), table.label == 'Pneumothorax').assign(file=table.file), positive='ill')
+    assert len(g) and g.header_auc.isna().all()
 
 # pictures
 
