@@ -120,8 +120,8 @@ def _gradcam_batch(model, xb, pick, layers, f, grad):
         if scores.requires_grad: gs = torch.autograd.grad(scale*scores[:, k].sum(), xs, retain_graph=j+1 < len(idx), allow_unused=True)
         for r, a, g, n in zip(raw, xs, gs, names):
             if grad and g is None: raise ValueError(f'The scores do not depend on layer {n} in a way that autograd can follow. Name a layer on the way to them.')
-            with torch.no_grad(), torch.autocast(xb.device.type, enabled=False): 
-                r.append(f(_wide(a.detach()), (_wide(g) if scale == 1 else _wide(g)/scale) if grad else None))
+            if grad: g = _wide(g) if scale == 1 else _wide(g)/scale
+            with torch.no_grad(), torch.autocast(xb.device.type, enabled=False): r.append(f(_wide(a.detach()), g))
     return [torch.stack(r, 1) for r in raw], out, names
 
 # %% ../nbs/06_gradcam.ipynb #8f96765f

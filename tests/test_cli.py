@@ -62,7 +62,9 @@ def test_demo_on_a_folder(folder, tmp_path):
 def test_demo_on_real_films(xrays, tmp_path):
     r = dicomcam('demo', '--data', xrays, '--out', tmp_path/'out', *small)
     assert r.returncode == 0, r.stderr
-    check(tmp_path/'out', len(patient_split(label_table(xrays))[1]), ['No Pneumonia', 'Pneumonia'])
+    n = len(patient_split(label_table(xrays))[1]) # a patient is on one side: 49 with scikit-learn 1.6, 50 later
+    assert n in (49, 50)
+    check(tmp_path/'out', n, ['No Pneumonia', 'Pneumonia'])
 
 def test_demo_with_three_classes(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path/'copy')

@@ -240,7 +240,7 @@ def test_layers_of_any_network(learn, folder):
 def test_small_enough(xrays, tmp_path):
     learn = train_learner(xrays, fit=False, arch='xresnet18', size=128, bs=8)
     fn = report(learn, fn=tmp_path/'r.html', path=xrays)
-    assert fn.read_text().count('<li class="case"') == len(learn.dls.valid_ds) and fn.stat().st_size < 10e6
+    assert fn.read_text().count('<li class="case"') == len(learn.dls.valid_ds) in (49, 50) and fn.stat().st_size < 10e6
     assert 'class="outline"' in fn.read_text() # of boxes.csv
 
 def test_heatmap_as_png_is_the_map():
