@@ -15,6 +15,7 @@ from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 import cv2, numpy as np, pandas as pd, torch
@@ -167,7 +168,9 @@ class XrayTfm(RandTransform):
         angle, zoom, cx, cy, bright, contrast = (o.to(x.device)[:, None, None] for o in self.draw(n))
         u, v = torch.linspace(-1, 1, w, device=x.device), torch.linspace(-1, 1, h, device=x.device)[:, None]
         cos, sin, shift = angle.cos()/zoom, angle.sin()/zoom, 1-1/zoom
-        grid = torch.stack([cos*u - sin*h/w*v + shift*cx, sin*w/h*u + cos*v + shift*cy], -1)
+        grid = torch.empty(n, h, w, 2, device=x.device) # filled in place: several times faster than stacking
+        torch.sub(cos*u, sin*h/w*v, out=grid[..., 0]).add_(shift*cx)
+        torch.add(sin*w/h*u, cos*v, out=grid[..., 1]).add_(shift*cy)
         y = F.grid_sample(x.as_subclass(torch.Tensor), grid, padding_mode='reflection', align_corners=True)
         return type(x)(y.clamp_(1e-6, 1-1e-6).logit_().mul_(contrast[..., None]).add_(bright[..., None]).sigmoid_())
 
@@ -278,7 +281,8 @@ def fill(self:ImageCache,
     "Decode what is not cached yet, on all cores; then make room, if more than `limit` is kept."
     files, bad = list(files), {}
     many = len(files) >= 64 and sys.platform == 'linux' # elsewhere a worker takes longer to start than it saves
-    for i, known, error in torch.utils.data.DataLoader(_Filling(self, files), batch_size=None, num_workers=min(16, defaults.cpus) if many else 0):
+    loader = torch.utils.data.DataLoader(_Filling(self, files), batch_size=16, collate_fn=list, num_workers=min(16, defaults.cpus) if many else 0)
+    for i, known, error in chain.from_iterable(loader):
         if error: bad[files[i]] = error
         elif known: self.digests[files[i]] = known
     if self.root: self.clear(keep={self.where(o) for o in files if o not in bad})
