@@ -396,7 +396,7 @@ def make(tmp, n, size, seed, n_jobs, progress):
     from fastprogress.fastprogress import progress_bar
     for o in ('masks', *(f'train/{c}' for c in CLASSES)): (tmp/o).mkdir(parents=True)
     jobs = (joblib.delayed(make_one)(tmp, i, w, p, size, seed) for i,(w,p) in enumerate(plan(n, seed)))
-    todo = joblib.Parallel(n_jobs, return_as='generator')(jobs)
+    todo = joblib.Parallel(n_jobs, return_as='generator', idle_worker_timeout=10)(jobs) # a spawned process ends when its idle workers have
     rows = list(progress_bar(todo, total=n, leave=False) if progress else todo)
     pd.DataFrame([o[:2] for o in rows], columns=['file','label']).to_csv(tmp/'labels.csv', index=False)
     pd.DataFrame([(f,*b) for f,_,b in rows if b], columns=['file','x','y','width','height']).to_csv(tmp/'boxes.csv', index=False)

@@ -177,14 +177,14 @@ def _rows(fns, **kwargs): return [_row(fn, **kwargs) for fn in fns]
 def _one_by_one(job, fns):
     "The rows of a batch on which a process died: each file in a process of its own, and the one that kills it gets a row that says so"
     for fn in fns:
-        try: yield from Parallel(n_jobs=2, backend='loky')([delayed(job)([fn])])[0]
+        try: yield from Parallel(n_jobs=2, backend='loky', idle_worker_timeout=10)([delayed(job)([fn])])[0]
         except TerminatedWorkerError: yield dict(fname=str(fn), warnings=0, error='the decoder crashed on this file')
 
 def _batches(job, batches, n_jobs):
     "Run `job` on each batch in parallel; lists of rows, in order. A process that dies costs one file, not the run"
     done = 0
     while done<len(batches):
-        results = Parallel(n_jobs=n_jobs, return_as='generator', batch_size=1)(delayed(job)(o) for o in batches[done:])
+        results = Parallel(n_jobs=n_jobs, return_as='generator', batch_size=1, idle_worker_timeout=10)(delayed(job)(o) for o in batches[done:]) # a spawned process ends when its idle workers have
         try:
             for rows in results:
                 yield rows
