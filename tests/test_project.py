@@ -1,5 +1,5 @@
 "What holds the project together: README and modules in step with the notebooks, light imports, a complete wheel."
-import importlib, os, shutil, subprocess, sys, tomllib
+import ast, importlib, json, os, re, shutil, subprocess, sys, tomllib
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -74,3 +74,13 @@ def test_wheel_and_sdist(tmp_path):
     assert 'dicomcam = dicomcam.cli:main' in entry and 'dicomcam = dicomcam._modidx:d' in entry
     assert 'Requires-Python: >=3.11' in meta and 'Provides-Extra: codecs' in meta
     assert tomllib.loads((root/'pyproject.toml').read_text())['project']['description'] in meta
+
+@pytest.mark.parametrize('fn', [o for o in sorted((root/'nbs').glob('*.ipynb')) if '#| default_exp' in o.read_text(encoding='utf-8')], ids=lambda o: o.stem)
+def test_docs_can_be_built(fn):
+    "For the docs, nbdev runs each cell that imports something or is exported, and no other: what else stands in such a cell would miss what it needs"
+    for c in json.loads(fn.read_text(encoding='utf-8'))['cells']:
+        src = ''.join(c['source'])
+        if c['cell_type'] != 'code' or re.search(r'^#\|\s*(export|eval: false)', src, re.M): continue
+        nodes = ast.parse(re.sub(r'^\s*[%!].*', '', src, flags=re.M))
+        imports = [o for o in ast.walk(nodes) if isinstance(o, (ast.Import, ast.ImportFrom))]
+        assert not imports or all(o in imports for o in nodes.body), src
