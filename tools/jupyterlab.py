@@ -1,12 +1,13 @@
-"""Open notebooks in JupyterLab in a real browser, run all their cells and photograph the result: python tools/jupyterlab.py [--out DIR] [nbs/01_dicom.ipynb ...]
+"""Open notebooks in JupyterLab in a real browser, run all their cells and photograph the result, and a progress bar on the way: python tools/jupyterlab.py [--out DIR] [nbs/01_dicom.ipynb ...]
 
 Runs on copies, on small data. Needs `pip install jupyterlab playwright` and a chromium (apt install chromium, or playwright install chromium). Exit status 1 if a
 cell ends in an error or an image does not show."""
 import argparse, os, secrets, shutil, subprocess, sys, tempfile, time
+from contextlib import suppress
 from pathlib import Path
 from urllib.request import urlopen
 
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Error, sync_playwright
 
 root = Path(__file__).resolve().parent.parent
 RUN = '''async fn => { // the notebook's own commands, as the menu gives them
@@ -15,8 +16,7 @@ RUN = '''async fn => { // the notebook's own commands, as the menu gives them
     for (const c of panel.content.model.cells) if (c.sharedModel.source.startsWith('#| eval: false')) c.sharedModel.source = '' // pip install
     window.ran = false; app.commands.execute('notebook:run-all-cells').finally(() => { window.ran = true }) }'''
 STATE = '''() => { const n = window.jupyterapp.shell.currentWidget.content, out = [...n.model.cells].flatMap(c => c.type == 'code' ? c.outputs.toJSON() : [])
-    return {errors: out.filter(o => o.output_type == 'error').map(o => `${o.ename}: ${o.evalue}`), pictures: out.filter(o => o.data && o.data['image/png']).length,
-            progress: out.filter(o => o.data && /<progress/.test(String(o.data['text/html']))).length} }'''
+    return {errors: out.filter(o => o.output_type == 'error').map(o => `${o.ename}: ${o.evalue}`), pictures: out.filter(o => o.data && o.data['image/png']).length} }'''
 
 def serve(folder, port, token):
     "JupyterLab on a folder, ready to answer"
@@ -31,9 +31,16 @@ def serve(folder, port, token):
 def look(page, fn, out, limit):
     "Run one notebook; how it ended"
     page.evaluate(RUN, fn.name)
-    page.wait_for_function('() => window.ran', timeout=limit*1000, polling=500)
+    bars, end = 0, time.monotonic()+limit
+    while not page.evaluate('() => window.ran'):
+        if time.monotonic() > end: sys.exit(f'{fn}: not at its end after {limit} seconds')
+        found = page.locator('.jp-OutputArea progress:visible')
+        if (now := found.count()) and not bars:
+            with suppress(Error): found.first.scroll_into_view_if_needed(timeout=1000); page.screenshot(path=out/f'{fn.stem}-bar.png') # it may be done by then
+        bars = max(bars, now)
+        page.wait_for_timeout(200)
     page.evaluate('() => { window.jupyterapp.shell.collapseLeft(); window.jupyterapp.shell.currentWidget.content.activeCellIndex = 0 }')
-    state, pane = page.evaluate(STATE), page.locator('.jp-WindowedPanel-outer:visible').first
+    state, pane = page.evaluate(STATE) | {'progress bars': bars}, page.locator('.jp-WindowedPanel-outer:visible').first
     for k in range(3): # top, middle, end
         pane.evaluate('(o, k) => o.scrollTo(0, k/2*o.scrollHeight)', k)
         page.wait_for_timeout(700)
