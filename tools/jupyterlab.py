@@ -42,8 +42,9 @@ def look(page, fn, out, limit):
     page.evaluate('() => { window.jupyterapp.shell.collapseLeft(); window.jupyterapp.shell.currentWidget.content.activeCellIndex = 0 }')
     state, pane = page.evaluate(STATE) | {'progress bars': bars}, page.locator('.jp-WindowedPanel-outer:visible').first
     for k in range(3): # top, middle, end
-        pane.evaluate('(o, k) => o.scrollTo(0, k/2*o.scrollHeight)', k)
-        page.wait_for_timeout(700)
+        for _ in range(2): # what comes into view is drawn then, and may change the height
+            pane.evaluate('(o, k) => o.scrollTo(0, k/2*o.scrollHeight)', k)
+            page.wait_for_timeout(700)
         page.screenshot(path=out/f'{fn.stem}-{k}.png')
     state['shown'] = page.evaluate('() => [...document.querySelectorAll(".jp-OutputArea img")].filter(o => o.complete && o.naturalWidth).length')
     return state
