@@ -113,6 +113,15 @@ def test_luts(first, bits):
     words = np.array(table, '<u2').tobytes()
     close(dicom_pixels(image(RAMP, VOILUTSequence=lut(1000, first, bits, words, 'OW'))), expected)
 
+def test_numbers_of_signed_pixels_that_read_as_unsigned():
+    "Implicit VR does not tell US from SS: -1500 may come as 64036"
+    table = list(range(1000))
+    close(modality(RAMP, image(RAMP, ModalityLUTSequence=lut(1000, 65536-1500, 16, table))), by_table(RAMP, -1500, table))
+    x = RAMP.copy()
+    x[:3] = -2000
+    close(dicom_pixels(image(x, PixelPaddingValue=65536-2000)), dicom_pixels(image(x, PixelPaddingValue=-2000)))
+    assert dicom_pixels(image(x, PixelPaddingValue=65536-2000, PhotometricInterpretation='MONOCHROME1'))[:3].max()==0
+
 def test_lut_of_bytes_and_of_65536_entries():
     table = list(range(255, -1, -1))
     x = np.arange(256, dtype=np.uint8).reshape(16,16)

@@ -212,6 +212,13 @@ from dicomcam.summary import summarize
 assert len(summarize({IMAGES!r}*4, n_jobs=2))=={4*len(IMAGES)}''')
     assert r.returncode==0, r.stderr
 
+def test_two_blocks_of_one_creator():
+    "A private creator may reserve two blocks of a group (PS3.5 7.8.1): neither of two elements with the same name is lost"
+    ds = pydicom.Dataset()
+    for tag, value in (0x00110010, 'ACME'), (0x00110011, 'ACME'), (0x00111001, 'one'), (0x00111101, 'two'): ds.add_new(tag, 'LO', value)
+    row, problems = header_row(ds, phi=True)
+    assert not problems and row['(0011,xx01) ACME']=='one' and row['(0011,xx01) ACME (0011,1101)']=='two'
+
 @pytest.mark.posix
 @pytest.mark.parametrize('whole_group', [True, False], ids=['terminal','notebook'])
 def test_interrupt(whole_group):
