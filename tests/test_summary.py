@@ -239,9 +239,10 @@ print(subprocess.run(['ps','-o','args=','--ppid',str(os.getpid())], capture_outp
     (os.killpg if whole_group else os.kill)(p.pid, signal.SIGINT)
     out,err = p.communicate(timeout=30)
     assert out=='stopped\n0\n' and time.perf_counter()-t<5, err
-    for _ in range(50): # a killed process takes a moment to go; a Z is dead: whoever started it has only not asked after it yet
+    while True: # a killed process takes a moment to go; a Z is dead: whoever started it has only not asked after it yet
         left = subprocess.run(['ps','-o','stat=,args=','-s',str(p.pid)], capture_output=True, text=True).stdout.splitlines()
-        if not (alive := [o for o in left if not o.startswith('Z')]): break
+        alive = [o for o in left if not o.startswith('Z')]
+        if not alive or time.perf_counter()-t>5: break
         time.sleep(.1)
     assert not alive, left
 
