@@ -9,7 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.models import densenet121, resnet18
 
-from dicomcam.cam import Heatmaps, _seen_box, as_found, cam, layer_name, outputs_of, positive, to_unit, upsample
+from dicomcam.cam import cam
+from dicomcam.explain import as_found, outputs_of
+from dicomcam.heatmaps import Heatmaps, _seen_box
+from dicomcam.layers import layer_name
+from dicomcam.maps import positive, to_unit, upsample
 from dicomcam.gradcam import gradcam
 
 def lively(net, seed=0):

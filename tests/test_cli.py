@@ -6,7 +6,7 @@ import numpy as np, pandas as pd, pydicom, pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from dicomcam import cli
+from dicomcam import cli, folder as folder_
 from dicomcam.cli import main
 from dicomcam.train import dicom_dls, label_table, load_model, patient_split
 
@@ -239,7 +239,7 @@ def test_explain_streams():
         if 'bad' in files: raise ValueError('bad')
         return files
     files = ['bad' if k == 7 else f'{k}' for k in range(1000)]
-    it = cli._each(explain, files, 5)
+    it = folder_._each(explain, files, 5)
     assert next(it) == (files[:5], 0, None) and len(asked) == 1
     rest = list(it)
     assert len(rest) == 999 and max(map(len, asked)) == 5 and len(asked) == 200+5

@@ -9,7 +9,8 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from dicomcam import data
+from dicomcam import anatomy, data
+from dicomcam import phantom as phantom_
 from dicomcam.data import DownloadError, get_data, phantom, siim_small
 
 # tag and VR of the elements of a SIIM_SMALL file, in their order
@@ -66,7 +67,7 @@ def test_header_is_siims(small):
         assert im.shape==(128,128) and im.dtype==np.uint8 and 70<im.mean()<190 and im.std()>35
 
 def test_patients_and_balance():
-    plan = data.plan(250, 42)
+    plan = phantom_.plan(250, 42)
     assert len({w for w,_ in plan})==209 and sum(p for _,p in plan)==75
     assert [p for _,p in plan]!=sorted(p for _,p in plan) # labels are not in the order of the files
 
@@ -78,16 +79,16 @@ def test_one_patient_one_anatomy(tmp_path):
 
 def pair(seed, size=256):
     "the same study with and without its pneumothorax, with the lesion"
-    a = data.study(np.random.default_rng(seed), data.patient(np.random.default_rng(seed+100)), True)
-    ill,mask = data.layers(a, size); side = a.ptx.side
-    a.ptx = None; well,none = data.layers(a, size)
+    a = anatomy.study(np.random.default_rng(seed), anatomy.patient(np.random.default_rng(seed+100)), True)
+    ill,mask = anatomy.layers(a, size); side = a.ptx.side
+    a.ptx = None; well,none = anatomy.layers(a, size)
     assert not none.any()
     return ill, well, mask, side
 
 @pytest.mark.parametrize('seed', range(6))
 def test_lesion_is_air_without_vessels(seed):
     ill,well,mask,side = pair(seed)
-    x = np.broadcast_to(data.grid(256)[0], mask.shape)
+    x = np.broadcast_to(anatomy.grid(256)[0], mask.shape)
     assert mask.any() and (x[mask]*side>-3).all()
     assert np.abs(ill['lungs'])[mask].max()<1e-6 and ill['vessels'][mask].max()<1e-6 # nothing but air on those rays
     assert well['lungs'][mask].min()>0                                            # where the same patient, well, has lung
@@ -100,7 +101,7 @@ def test_scale_free():
     ims = []
     for size in (256,512,1024):
         rng = np.random.default_rng(3)
-        im,m = data.render(data.study(rng, data.patient(np.random.default_rng(4)), True), size, rng)
+        im,m = phantom_.render(anatomy.study(rng, anatomy.patient(np.random.default_rng(4)), True), size, rng)
         ims.append([cv2.resize(o, (128,128), interpolation=cv2.INTER_AREA).astype(float) for o in (im,m)])
     for im,m in ims[1:]:
         assert np.corrcoef(im.ravel(), ims[0][0].ravel())[0,1]>.995
@@ -141,9 +142,9 @@ def test_cache(cache):
 
 def test_cache_is_bounded(cache):
     ps = []
-    for s in range(data.KEEP+2):
+    for s in range(phantom_.KEEP+2):
         ps.append(phantom(n=2, size=32, seed=s, n_jobs=1, progress=False)); os.utime(ps[-1]/'phantom.json', (1e9+s,)*2)
-    assert len(list(cache.iterdir()))==data.KEEP and ps[-1].exists() and not ps[0].exists()
+    assert len(list(cache.iterdir()))==phantom_.KEEP and ps[-1].exists() and not ps[0].exists()
 
 def test_killed_run_leaves_nothing_half_written(cache):
     code = 'from dicomcam.data import phantom; phantom(n=60, size=512, n_jobs=1, progress=False)'
@@ -160,7 +161,7 @@ def test_killed_run_leaves_nothing_half_written(cache):
 
 def test_failed_run_leaves_nothing(cache, monkeypatch):
     def stop(*a): raise KeyboardInterrupt
-    monkeypatch.setattr(data, 'make_one', stop)
+    monkeypatch.setattr(phantom_, 'make_one', stop)
     with pytest.raises(KeyboardInterrupt): phantom(n=2, size=32, n_jobs=1, progress=False)
     assert not list(cache.iterdir())
 

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.models import densenet121, resnet18
 
-from dicomcam.gradcam import METHODS, _LeanNorm, cam_method, gradcam
+from dicomcam.gradcam import _LeanNorm, gradcam
+from dicomcam.methods import METHODS, cam_method
 
 LAYERS = dict(xresnet18=['4', '6', '7'], xresnet50=['5', '7'], resnet18=['layer2', 'layer4.1'], densenet121=['features.denseblock2', 'features.denseblock4', 'features'])
 CUDA = pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA GPU'))

@@ -62,13 +62,13 @@ def test_values_are_scikit_learns(scores):
 @pytest.mark.parametrize('seed', range(3))
 def test_weighted_curves_are_scikit_learns(seed):
     "Also with ties, and with images that do not count"
-    from dicomcam.interpret import _ap, _auc, _counts, _resamples
+    from dicomcam.intervals import average_precision, patient_resamples, roc_area, roc_counts
     rng = np.random.default_rng(seed)
     y, p = rng.random(40) < .5, rng.integers(0, 6, 40)/5
-    w = _resamples(rng.integers(0, 25, 40), 50, seed)
-    tp, fp = _counts(y, p, w)
-    np.testing.assert_allclose(_auc(tp, fp), [sk.roc_auc_score(y, p, sample_weight=o) for o in w])
-    np.testing.assert_allclose(_ap(tp, fp), [sk.average_precision_score(y, p, sample_weight=o) for o in w])
+    w = patient_resamples(rng.integers(0, 25, 40), 50, seed)
+    tp, fp = roc_counts(y, p, w)
+    np.testing.assert_allclose(roc_area(tp, fp), [sk.roc_auc_score(y, p, sample_weight=o) for o in w])
+    np.testing.assert_allclose(average_precision(tp, fp), [sk.average_precision_score(y, p, sample_weight=o) for o in w])
 
 def test_intervals_are_scipys(scores):
     p, y = scores
@@ -138,7 +138,7 @@ def test_threshold_is_not_scored_on_its_own_patients():
     assert np.mean(same) > .12 and abs(np.mean(crossed)) < .06
 
 def test_no_patient_is_judged_by_a_threshold_of_its_own_images(monkeypatch, scores):
-    import dicomcam.interpret as di
+    import dicomcam.results as di
     (p, y), patient, own = scores, np.arange(120)//3, di.choose_threshold
     known = dict(zip(p+np.arange(120)*1e-6, patient))
     seen = []
@@ -259,7 +259,7 @@ def test_too_few_patients_for_a_header_to_learn_from(folder):
     table = label_table(folder)
     ill = np.flatnonzero(table.label == 'Pneumothorax')
     rest = np.setdiff1d(np.arange(len(table)), ill)
-    with mock.patch('dicomcam.interpret.StratifiedGroupKFold') as k:
+    with mock.patch('dicomcam.subgroups.StratifiedGroupKFold') as k:
         k().split.return_value = [(rest, ill), (ill, rest)]
         assert header_auc(table, 'Pneumothorax').empty
         g = subgroups(frame(np.linspace(0, 1, len(table)), table.label == 'Pneumothorax').assign(file=table.file), positive='ill')

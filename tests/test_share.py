@@ -12,7 +12,9 @@ from PIL import Image
 from pydicom.uid import generate_uid
 from torch import nn
 
-import dicomcam.share as share
+import dicomcam.objects as objects, dicomcam.report as report_
+from dicomcam import __version__
+from dicomcam.results import evaluate, predictions
 from dicomcam.cam import Heatmaps, positive, to_unit
 from dicomcam.share import overlay, report, save_sc, save_seg
 from dicomcam.summary import is_phi
@@ -137,7 +139,7 @@ def test_what_is_said(folder, tmp_path):
     assert ds.BurnedInAnnotation == 'YES' and ds.Manufacturer == 'dicomcam'
     seg = pydicom.dcmread(save_seg(h, 1, tmp_path/'seg.dcm', 'Pneumothorax', '5', at=.7)).SegmentSequence[0]
     assert seg.SegmentLabel == 'Pneumothorax, gradcam' and seg.SegmentAlgorithmName == 'dicomcam gradcam' and seg.SegmentAlgorithmType == 'AUTOMATIC'
-    assert seg.SegmentationAlgorithmIdentificationSequence[0].AlgorithmVersion == share.__version__
+    assert seg.SegmentationAlgorithmIdentificationSequence[0].AlgorithmVersion == __version__
     assert (pydicom.dcmread(tmp_path/'seg.dcm').pixel_array == region(h, 1, .7, cls=1, layer='5')).all()
 
 def test_burned_in_annotation_of_the_source(tmp_path):
@@ -153,7 +155,7 @@ def test_plain_errors(folder, tmp_path, monkeypatch):
     (tmp_path/'taken').mkdir()
     with pytest.raises(OSError): save_sc(h, 0, tmp_path/'taken')
     assert [o.name for o in tmp_path.iterdir()] == ['taken'] # nothing half written
-    monkeypatch.setattr(share, 'find_spec', lambda name: None)
+    monkeypatch.setattr(objects, 'find_spec', lambda name: None)
     with pytest.raises(ImportError, match=r'pip install "dicomcam\[dicom\]"'): save_seg(h, 0, tmp_path/'x.dcm')
 
 # ---- the report
@@ -175,13 +177,13 @@ def test_report_holds_what_it_should(html, learn, folder):
               '12 of 30 images: the 6 of largest loss', 'What this cannot show', 'each map by its own maximum'): assert o in t, o
     s = html.read_text()
     for o in 'ROC; AUC', 'Precision and recall', 'Confusion matrix', 'Reliability', 'Scores', 'ROC AUC by group': assert f'alt="{o}' in s, o
-    figures = share.evaluate(share.predictions(learn, label_table(folder)))
+    figures = evaluate(predictions(learn, label_table(folder)))
     for k in 'auc', 'sensitivity', 'brier': assert f'{figures[k]["value"]:.2f} {figures[k]["low"]:.2f} to {figures[k]["high"]:.2f}' in t, k
     assert 0 < s.count('class="wrong"') == t.count('(wrong)') == s.count('data-wrong="yes"') and 'class=&' not in s
     assert s.count('class="heat"') == 12*2*2 and s.count('<li class="case"') == 12
     assert s.count('class="outline"') == sum(o in {f.stem for f in (folder/'masks').glob('*.png')} for o in picked(learn, folder, 12))
 
-def picked(learn, folder, n): return [o.stem for o in share._pick_cases(share.predictions(learn, label_table(folder)), n, False)[0].file]
+def picked(learn, folder, n): return [o.stem for o in report_._pick_cases(predictions(learn, label_table(folder)), n, False)[0].file]
 
 def test_report_of_the_validation_set(learn, folder, tmp_path):
     t = texts(report(learn, fn=tmp_path/'r.html', layers='5', n=3))
@@ -232,10 +234,10 @@ def test_report_of_several_labels(labelled, folder, tmp_path):
     assert 'a: positive from' in t and 'b: positive from' in t and 'Label a, b.' in t and 'Label none.' in t
 
 def test_layers_of_any_network(learn, folder):
-    assert share._layers(learn, label_table(folder).file[0]) == ['5', '6', '7']
+    assert report_._layers(learn, label_table(folder).file[0]) == ['5', '6', '7']
     net = xresnet18(n_out=2)
     learn = Learner(learn.dls, nn.Sequential(OrderedDict(grey=nn.Conv2d(1, 3, 1), body=net)), loss_func=learn.loss_func)
-    assert share._layers(learn, label_table(folder).file[0]) == ['body.5', 'body.6', 'body.7']
+    assert report_._layers(learn, label_table(folder).file[0]) == ['body.5', 'body.6', 'body.7']
 
 def test_small_enough(xrays, tmp_path):
     learn = train_learner(xrays, fit=False, arch='xresnet18', size=128, bs=8)
@@ -247,14 +249,14 @@ def test_heatmap_as_png_is_the_map():
     "Also where the image is not square: the same edges, brightness as opacity"
     torch.manual_seed(0)
     h = Heatmaps([torch.rand(1, 1, 3, 5)], torch.rand(1, 1, 150, 300), torch.ones(1, 1), ['a'], ['x'], 'cam')
-    im = np.array(Image.open(BytesIO(base64.b64decode(share._heat_uri(h, 0, 0, 'x').split(',')[1]))).convert('RGBA'))
+    im = np.array(Image.open(BytesIO(base64.b64decode(report_._heat_uri(h, 0, 0, 'x').split(',')[1]))).convert('RGBA'))
     want = cv2.resize(to_np(to_unit(h.native(0))), (128, 64), interpolation=cv2.INTER_AREA)
     assert im.shape == (64, 128, 4) and np.abs(im[..., 3]/255-want).max() < 1/63
 
 def test_outline_goes_around_the_pixels():
     m = np.zeros((10, 20), bool)
     m[2:5, 4:9] = m[9, 19] = True
-    xy = np.array([[float(v) for v in o.split(',')] for o in re.findall(r'[\d.-]+,[\d.-]+', share._outline(m))])
+    xy = np.array([[float(v) for v in o.split(',')] for o in re.findall(r'[\d.-]+,[\d.-]+', report_._outline(m))])
     assert xy.min(0).tolist() == [4, 2] and xy.max(0).tolist() == [20, 10]
 
 def test_template_is_shipped(tmp_path):

@@ -4,13 +4,14 @@ from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np, pandas as pd, pydicom, pytest, torch
-import dicomcam.train
+import dicomcam.cache
 from fastai.vision.models.xresnet import xresnet18, xresnet50
 from safetensors.torch import load_file, save_file
 
 from fastai.torch_core import set_seed
-from dicomcam.dicom import TensorDicom
-from dicomcam.train import (ImageCache, XrayTfm, _train_step, fill_card, demo_learner, dicom_block, dicom_dls, dicom_learner, label_table, load_model, patient_ids, patient_split, save_model,
+from dicomcam.pil import TensorDicom
+from dicomcam.training import _train_step
+from dicomcam.train import (ImageCache, XrayTfm, fill_card, demo_learner, dicom_block, dicom_dls, dicom_learner, label_table, load_model, patient_ids, patient_split, save_model,
                             split_counts, train_learner)
 
 root = Path(__file__).resolve().parent.parent
@@ -114,7 +115,7 @@ def test_failed_save_leaves_the_old_file(learn, tmp_path, monkeypatch):
     fn = save_model(learn, tmp_path/'m.safetensors')
     before = fn.read_bytes()
     def full(weights, part, **kw): part.write_bytes(b'half'); raise OSError(28, 'No space left on device')
-    monkeypatch.setattr('dicomcam.train.save_file', full)
+    monkeypatch.setattr('dicomcam.models.save_file', full)
     with pytest.raises(OSError): save_model(learn, fn)
     assert fn.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
@@ -212,7 +213,7 @@ def test_cache_gives_what_decoding_gives(folder, cache):
 def test_cache_decodes_once(folder, cache, monkeypatch):
     files = label_table(folder).file.tolist()
     cache.fill(files)
-    monkeypatch.setattr('dicomcam.train._fit', lambda *a: pytest.fail('decoded again'))
+    monkeypatch.setattr('dicomcam.cache.fit_image', lambda *a: pytest.fail('decoded again'))
     for o in files: assert ImageCache(48, folder=cache.root)(o).shape == (1, 48, 48)
 
 def test_cache_knows_content(copy, cache):
@@ -250,8 +251,8 @@ def test_cache_is_bounded(folder, tmp_path):
 def test_cache_on_a_full_disk(folder, cache, monkeypatch):
     class Full(np.ndarray):
         def tofile(self, part): Path(part).write_bytes(b'half'); raise OSError(28, 'No space left on device')
-    fit = dicomcam.train._fit
-    monkeypatch.setattr('dicomcam.train._fit', lambda *a: fit(*a).view(Full))
+    fit = dicomcam.cache.fit_image
+    monkeypatch.setattr('dicomcam.cache.fit_image', lambda *a: fit(*a).view(Full))
     with pytest.warns(UserWarning, match='No space left'): x = cache(label_table(folder).file[0])
     assert x.shape == (1, 48, 48) and not [o for o in cache.root.rglob('*') if o.is_file()]
 
@@ -360,9 +361,9 @@ from fastai.callback.core import Callback
 class Kill(Callback):
     def before_batch(self):
         if self.epoch == 2 and self.training and self.iter == 1: os.kill(os.getpid(), {int(KILL)})
-import dicomcam.train as t
-fit = t.Learner.fit_flat_cos
-t.Learner.fit_flat_cos = lambda self, *a, cbs=(), **kw: fit(self, *a, cbs=[*cbs, Kill()], **kw)
+from fastai.learner import Learner
+fit = Learner.fit_flat_cos
+Learner.fit_flat_cos = lambda self, *a, cbs=(), **kw: fit(self, *a, cbs=[*cbs, Kill()], **kw)
 train_learner(sys.argv[1], checkpoint=sys.argv[2], arch='xresnet18', size=32, bs=8, epochs=3)'''
 
 def test_going_on_after_a_kill(folder, tmp_path):
@@ -383,7 +384,7 @@ def test_checkpoint_on_a_full_disk(folder, tmp_path, monkeypatch):
         n.append(state['epoch'])
         if len(n) > 1: part.write_bytes(b'half'); raise OSError(28, 'No space left on device')
         save(state, part)
-    monkeypatch.setattr('dicomcam.train.torch.save', full)
+    monkeypatch.setattr('dicomcam.checkpoints.torch.save', full)
     with pytest.warns(UserWarning, match='the one before it remains'): train_learner(folder, checkpoint=fn, **three)
     assert n == [1, 2, 3] and [o.name for o in tmp_path.iterdir()] == ['train.pt']
     assert torch.load(fn, weights_only=True)['epoch'] == 1

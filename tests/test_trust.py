@@ -7,7 +7,9 @@ from torchvision.models import resnet18
 
 from dicomcam.cam import Heatmaps
 from dicomcam.gradcam import gradcam
-from dicomcam.trust import _interval, _steps, baselines, deletion, insertion, iobb, iou, localization, mass_in_mask, pointing_game, randomization, randomized
+from dicomcam.faithful import _steps
+from dicomcam.intervals import mean_interval
+from dicomcam.trust import baselines, deletion, insertion, iobb, iou, localization, mass_in_mask, pointing_game, randomization, randomized
 
 def heatmaps(*maps, classes=('a',)):
     raw = torch.stack([torch.as_tensor(m, dtype=torch.float32) for m in maps])[:, None].expand(-1, len(classes), -1, -1)
@@ -77,10 +79,10 @@ def test_baselines_know_nothing_of_the_model():
 
 def test_interval_is_that_of_scipy():
     v = np.random.default_rng(1).random(40)
-    mean, low, high = _interval(v)
+    mean, low, high = mean_interval(v)
     ref = bootstrap((v,), np.mean, method='percentile', random_state=0).confidence_interval
     assert mean == v.mean() and (low, high) == pytest.approx((ref.low, ref.high), abs=.01)
-    assert _interval([1, 1, 1]) == (1, 1, 1)
+    assert mean_interval([1, 1, 1]) == (1, 1, 1)
 
 @pytest.mark.parametrize('masks,match', [([LESION]*2, '1 images, but 2 masks'), ([None], 'No mask at all'), ([LESION[:, :-1]], 'rows x columns'), ([LESION*0], 'without a lesion')])
 def test_masks_that_cannot_be(masks, match):
