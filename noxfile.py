@@ -1,30 +1,41 @@
-"""Every environment that dicomcam promises to run in: nox -s tests-3.12, nox -s lowest, nox -s colab, nox -s coverage (nox --list has them all).
+"""Every environment that dicomcam promises to run in: nox -s tests-3.12, nox -s lowest, nox -s colab (nox --list: all).
 
-Needs `pip install nox uv`. `DICOMCAM_TEST_DATA=FOLDER` adds the tests on real X-rays. `colab` takes Google's own list of what is installed
-there, or the one that is given, and all lessons, or those that are given: nox -s colab -- constraints.txt nbs/01_dicom.ipynb"""
+Needs `pip install nox uv`. `DICOMCAM_TEST_DATA=FOLDER` adds the tests on real X-rays. `colab` takes Google's own list
+of what is installed there, or the one that is given, and all lessons, or those that are given:
+nox -s colab -- constraints.txt nbs/01_dicom.ipynb"""
 import re
 from pathlib import Path
 from urllib.request import urlretrieve
 
 import nox
 
-nox.options.default_venv_backend, nox.options.sessions = 'uv', ['tests']
+nox.options.default_venv_backend = 'uv'
+nox.options.sessions = ['tests']
 COLAB = 'https://raw.githubusercontent.com/googlecolab/backend-info/main/pip-freeze.gpu.txt'
-THERE = 'torch torchvision fastai fastcore pandas numpy matplotlib pillow scipy scikit-learn scikit-image opencv-python ipython ipykernel'.split()
+THERE = '''torch torchvision fastai fastcore pandas numpy matplotlib pillow scipy scikit-learn scikit-image
+    opencv-python ipython ipykernel'''.split()
 
 @nox.session(python=['3.11', '3.12', '3.13'])
 def tests(session):
-    "The newest dependencies: lessons and tests"
+    "The newest dependencies: notebooks and tests"
     session.install('-e', '.[dev]')
     session.run('nbdev-test')
     session.run('pytest', *session.posargs)
 
 @nox.session(python='3.11')
 def lowest(session):
-    "The oldest dependencies that settings.ini allows, with the fasttransform of that time: fastai before 2.8.11 cannot print a Pipeline of newer ones"
+    "The oldest dependencies that settings.ini allows"
+    # with the fasttransform of that time: fastai before 2.8.11 cannot print a Pipeline of newer ones
     session.install('--resolution', 'lowest-direct', '-e', '.[dev]', 'fasttransform==0.0.2')
     session.run('nbdev-test')
     session.run('pytest', *session.posargs)
+
+@nox.session(python='3.11')
+def order(session):
+    "The tests in random order, and on one core"
+    session.install('-e', '.[dev]', 'pytest-randomly')
+    session.run('pytest', *session.posargs)
+    session.run('taskset', '-c', '0', 'pytest', '-p', 'no:randomly', *session.posargs, external=True)
 
 @nox.session(python='3.11')
 def coverage(session):
@@ -33,15 +44,23 @@ def coverage(session):
     session.run('pytest', '--cov=dicomcam', '--cov-report=term-missing', *session.posargs)
 
 def frozen(session):
-    return dict(o.split('==') for o in session.run('uv', 'pip', 'freeze', '--python', session.virtualenv.location, silent=True, external=True).splitlines() if '==' in o)
+    "What is installed, {package: version}"
+    python = ['--python', session.virtualenv.location]
+    lines = session.run('uv', 'pip', 'freeze', *python, silent=True, external=True).splitlines()
+    return dict(o.split('==') for o in lines if '==' in o)
+
+def colab_pins(text):
+    "Colab's list as constraints: local versions (+cu128), direct URLs and its choice of CUDA libraries are not on PyPI"
+    lines = [o for o in text.splitlines() if '==' in o and not re.match('cuda|nvidia', o)]
+    return '\n'.join(re.sub(r'\+\w+$', '', o) for o in lines)
 
 @nox.session(python='3.13')
 def colab(session):
     "What Colab has: installing the wheel changes none of it, and all lessons run in it from top to bottom"
     given = Path(session.posargs[0]).resolve() if session.posargs else Path(urlretrieve(COLAB)[0])
     tmp = Path(session.create_tmp())
-    pins = tmp/'constraints.txt' # local versions (+cu128) and direct URLs are not on PyPI; nor is Colab's choice of CUDA libraries for the torch there
-    pins.write_text('\n'.join(re.sub(r'\+\w+$', '', o) for o in given.read_text().splitlines() if '==' in o and not re.match('cuda|nvidia', o)))
+    pins = tmp/'constraints.txt'
+    pins.write_text(colab_pins(given.read_text()))
     session.install('-c', pins, *THERE)
     before = frozen(session)
     session.run('uv', 'build', '--wheel', '--out-dir', tmp/'dist', external=True)

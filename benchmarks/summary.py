@@ -3,7 +3,7 @@
     python benchmarks/summary.py FOLDER [--cores 2] [--rounds 3] [--many 20000]
 
 FOLDER holds JPEG Baseline images. All is measured in one run, in turns, and the ratios are what counts. Prints JSON."""
-import argparse, io, json, os, resource, shutil, statistics, subprocess, sys, tempfile, threading, time
+import argparse, io, json, os, shutil, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import numpy as np, pydicom
