@@ -33,6 +33,14 @@ def test_every_module_has_one_notebook():
     assert sorted(ORDER) == sorted(MODULES)
     assert len(set(ORDER)) == len(ORDER)
 
+def test_every_notebook_is_listed():
+    "The sidebar lists every notebook once; the library's index and the overview link to each of their own"
+    sidebar = re.findall(r'^ +- (\S+\.ipynb)$', (nbs/'_quarto.yml').read_text(), re.M)
+    assert sorted(sidebar) == sorted(o.relative_to(nbs).as_posix() for o in nbs.rglob('*.ipynb') if '.ipynb_checkpoints' not in o.parts)
+    for shelf in nbs, nbs/'api':
+        index = (shelf/'index.ipynb').read_text(encoding='utf-8')
+        for o in shelf.glob('[0-9]*.ipynb'): assert f'{o.name})' in index, o.name
+
 @pytest.mark.parametrize('module', ORDER)
 def test_arrows_run_down(module):
     "A module imports only from those before it; what lessons build by hand stands on nothing"

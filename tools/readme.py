@@ -1,8 +1,8 @@
 """README.md from nbs/index.ipynb: python tools/readme.py [--check]
 
 nbdev-readme does this with Quarto; this does it with nbconvert, which pip installs. Cells marked `#| hide` are left
-out, figures go to nbs/index_files/. With --check nothing is written: exit status 1 if README.md is not what the notebook
-gives."""
+out, figures go to nbs/index_files/. With --check nothing is written: exit status 1 if README.md is not what the
+notebook gives."""
 import re, sys
 from pathlib import Path
 
