@@ -120,6 +120,17 @@ class Heatmaps:
         out[y0:y1, x0:x1] = m[y0-y:y1-y, x0-x:x1-x]
         return out
 
+    def heat(self,
+        i:int,            # Number of the image
+        cls=None,         # Class, by name or index; None: the likeliest
+        layer=None,       # Layer; None: the last
+        native:bool=True, # On the pixels of the original, rather than on those that the network saw?
+    ) -> np.ndarray:      # float32, (rows, columns), in [0, 1]
+        "What a picture shows of a map: what speaks for the class, as a share of the map's maximum."
+        if native: raw = self.native(i, cls, layer)
+        else: raw = upsample(self.raw[self.layer(layer)][i, self.cls(i, cls)], self.images.shape[-2:])
+        return to_np(to_unit(positive(raw)))
+
     def boxes(self,
         i,          # Number of the image
         cls=None,   # Class; None: the likeliest
@@ -127,7 +138,7 @@ class Heatmaps:
         at=0.5,     # Share of the map's maximum from which on a pixel counts as bright
     ) -> pd.DataFrame: # x, y, width, height in original pixels, peak, share of the map's mass; width_mm, height_mm where PixelSpacing is known
         "Bright regions of image `i`, brightest first."
-        heat = to_np(to_unit(positive(self.native(i, cls, layer))))
+        heat = self.heat(i, cls, layer)
         regions, rows = ndimage.label(heat >= at)[0] if heat.any() else np.zeros(heat.shape, int), []
         for k, (ys, xs) in enumerate(ndimage.find_objects(regions), 1):
             inside = heat[ys, xs][regions[ys, xs] == k]
@@ -171,8 +182,7 @@ class Heatmaps:
             for ax, k in zip(row, [None, *(self.cls(i, c) for c in classes)]):
                 ax.imshow(image, cmap='gray', extent=extent, vmin=0, vmax=1)
                 if k is not None:
-                    m = self.native(i, k, self.layers[layer]) if native else upsample(self.raw[layer][i, k], self.images.shape[-2:])
-                    heat = to_np(to_unit(positive(m)))
+                    heat = self.heat(i, k, self.layers[layer], native)
                     ax.imshow(heat, cmap=cmap, alpha=alpha*heat, extent=extent)
                 if mask is not None: ax.contour(np.asarray(mask) > 0, [.5], colors='cyan', linewidths=1, extent=(0, cols, 0, rows))
                 ax.set_title(name if k is None else f'{self.classes[k]} {self.probs[i, k]:.2f}, layer {self.layers[layer]}', fontsize=9)
