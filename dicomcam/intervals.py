@@ -1,4 +1,4 @@
-"""TODO
+"""How sure is a metric: bootstrap intervals by patient, exact ones for a perfect share, for many resamples at once.
 
 Docs: https://dicomcam.github.io/dicomcam/api/intervals.html.md"""
 
@@ -14,43 +14,93 @@ from scipy.integrate import trapezoid
 from scipy.stats import binomtest
 
 # %% ../nbs/api/18_intervals.ipynb #e6ea964f
-def patient_resamples(patient, n, seed):
-    "How often each image counts, (n+1, images): once; then in `n` draws, with replacement, of as many patients as there are."
-    who = pd.factorize(np.asarray(patient))[0]
-    k = who.max()+1
-    return np.vstack([np.ones_like(who), np.random.default_rng(seed).multinomial(k, np.full(k, 1/k), n)[:, who]])
+def patient_resamples(
+    patient:np.ndarray, # (images,), whose image it is
+    n:int,              # How many draws
+    seed:int,           # Of the draws
+) -> np.ndarray:        # (n+1, images) int: how often each image counts; in the first row once
+    "Weights of the images in the sample itself, then in `n` draws, with replacement, of as many patients as there are."
+    who, _ = pd.factorize(np.asarray(patient))
+    n_patients = who.max()+1
+    draws = np.random.default_rng(seed).multinomial(n_patients, np.full(n_patients, 1/n_patients), n)
+    return np.vstack([np.ones_like(who), draws[:, who]])
 
-def roc_counts(y, p, w):
-    "True and false positives, each (m, thresholds+1), for each row of the weights `w` (m, n), as the threshold falls past one score after the other."
+# %% ../nbs/api/18_intervals.ipynb #149da4ed
+def roc_counts(
+    y:np.ndarray,       # (n,) bool: is the label the positive class?
+    p:np.ndarray,       # (n,) score of the positive class
+    weights:np.ndarray, # (m, n), as `patient_resamples` gives
+) -> tuple:             # True and false positives, each (m, thresholds+1), from none to all
+    "Weighted counts as the threshold falls past one score after the other."
     order = np.argsort(-p, kind='stable')
-    first = np.flatnonzero(np.diff(-p[order], prepend=-np.inf))
-    return [np.pad(np.add.reduceat(w[:, order]*k[order], first, axis=1).cumsum(1), ((0, 0), (1, 0))) for k in (y, ~y)]
+    first = np.flatnonzero(np.diff(-p[order], prepend=-np.inf)) # of each run of equal scores
+    def passed(is_class):
+        counts = np.add.reduceat(weights[:, order]*is_class[order], first, axis=1).cumsum(1)
+        return np.pad(counts, ((0, 0), (1, 0)))
+    return passed(y), passed(~y)
+
+# %% ../nbs/api/18_intervals.ipynb #2f2c726e
+@np.errstate(invalid='ignore')
+def roc_area(
+    tp:np.ndarray, # (m, thresholds+1) true positives, from `roc_counts`
+    fp:np.ndarray, # False positives, likewise
+) -> np.ndarray:   # (m,); NaN where a class is missing
+    "Area under the ROC curve, for each row."
+    return trapezoid(tp, fp, axis=1)/(tp[:, -1]*fp[:, -1])
 
 @np.errstate(invalid='ignore')
-def roc_area(tp, fp): return trapezoid(tp, fp, axis=1)/(tp[:, -1]*fp[:, -1])
+def average_precision(
+    tp:np.ndarray, # (m, thresholds+1) true positives, from `roc_counts`
+    fp:np.ndarray, # False positives, likewise
+) -> np.ndarray:   # (m,); NaN where no image is positive
+    "Mean precision over the positive images, each at its own score as the threshold, for each row."
+    found, called = tp[:, 1:], (tp+fp)[:, 1:]
+    return np.nansum(np.diff(tp)*found/called, axis=1)/tp[:, -1]
 
-@np.errstate(invalid='ignore')
-def average_precision(tp, fp): return np.nansum(np.diff(tp)*tp[:, 1:]/(tp+fp)[:, 1:], 1)/tp[:, -1]
+# %% ../nbs/api/18_intervals.ipynb #190bd675
+def _middle(resamples):
+    "The ends of the middle 95 %; NaN where there is nothing."
+    return np.quantile(resamples, [.025, .975]) if len(resamples) else (np.nan, np.nan)
+
+def _exact(value, n):
+    "The interval of a perfect share, 0 or 1, of `n` patients; without `n` the far end is NaN."
+    if n: return binomtest(value*n, n).proportion_ci()
+    return (np.nan, 1) if value else (0, np.nan)
 
 # %% ../nbs/api/18_intervals.ipynb #7a91c3e9
 def interval(
-    v,      # (m,): value, then resamples
-    n=None, # Patients behind the figure, if it is a share
-) -> dict:
-    "95 % percentile interval; the exact one (Clopper and Pearson 1934) for a share of 0 or 1; unknown, NaN, on the far side of any other perfect figure."
-    low, high = np.nanpercentile(v[1:], [2.5, 97.5]) if np.isfinite(v[1:]).any() else (np.nan, np.nan)
-    value = round(float(v[0]), 12)
-    if value in (0, 1): low, high = binomtest(int(value)*n, n).proportion_ci() if n else (np.nan, 1) if value else (0, np.nan)
+    values:np.ndarray, # (m,): the value, then its resamples; those that are NaN do not count
+    n:int=None,        # Patients behind the metric, if it is a share
+) -> dict:             # value, low, high
+    "95 % percentile interval; for a value of 0 or 1 the exact one of Clopper and Pearson (1934), which needs `n`."
+    value, resamples = round(float(values[0]), 12), values[1:]
+    if value in (0, 1): low, high = _exact(int(value), n)
+    else: low, high = _middle(resamples[~np.isnan(resamples)])
     return dict(value=value, low=float(low), high=float(high))
 
-def fewest_patients(patient, *of): return min(len(set(patient[k])) for k in of) # in the smallest of some sets of images
+# %% ../nbs/api/18_intervals.ipynb #3a79f4e2
+def fewest_patients(
+    patient:np.ndarray, # (n,) whose image it is
+    *of:np.ndarray,     # Sets of images, each (n,) bool
+) -> int:
+    "How many patients there are in the smallest of the sets."
+    return min(len(set(patient[images])) for images in of)
 
 # %% ../nbs/api/18_intervals.ipynb #b268a3ea
-def interval_text(name, o): return f'{name} {o["value"]:.2f} ({o["low"]:.2f} to {o["high"]:.2f})'.replace('nan', '?')
+def interval_text(
+    name:str, # Of the metric
+    o:dict,   # From `interval`
+) -> str:
+    "A metric and its interval as a person would write them."
+    return f'{name} {o["value"]:.2f} ({o["low"]:.2f} to {o["high"]:.2f})'.replace('nan', '?')
 
 # %% ../nbs/api/18_intervals.ipynb #6e68f215
-def mean_interval(values, n=2000, seed=42):
+def mean_interval(
+    values,      # One value an image
+    n:int=2000,  # Draws
+    seed:int=42, # Of the draws
+) -> tuple:      # Mean, low, high
     "Mean of one value an image, and its 95 % percentile bootstrap interval."
-    v = np.asarray(values, float)
-    means = np.random.default_rng(seed).choice(v, (n, len(v))).mean(1)
-    return v.mean(), *np.quantile(means, [.025, .975])
+    values = np.asarray(values, float)
+    means = np.random.default_rng(seed).choice(values, (n, len(values))).mean(1)
+    return values.mean(), *_middle(means)
