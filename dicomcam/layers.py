@@ -72,7 +72,7 @@ def last_stage(
 # %% ../nbs/api/23_layers.ipynb #layc0005
 def last_stages(
     model:nn.Module, # Any `nn.Module`
-    last:str,        # Name of its last convolutional stage: the layer of `cam(...)`, or of `gradcam(...)` without `layers`
+    last:str,        # Name of its last convolutional stage: the layer that `gradcam` takes by itself
     n:int=3,         # How many at most
 ) -> list[str]:      # Dotted names in the order of the model, `last` among them
     "Names of the last convolutional stages beside one another."
@@ -85,7 +85,7 @@ def first_fine(
     names:Sequence,         # Layers, from the first to the last
     sizes:Sequence[float],  # Of the map of each: the smaller of its rows and columns
 ) -> Any:                   # One of `names`
-    "The layer to show first: the deepest whose map has at least 16 x 16 positions, else the first of all, which has most."
+    "The layer to show first: the deepest whose map has at least 16 x 16 positions, else the first."
     fine = [name for name, size in zip(names, sizes) if size >= 16]
     return fine[-1] if fine else names[0]
 
