@@ -96,6 +96,6 @@ def fine_stage(
     learn,      # Learner, from `dicom_learner` or `load_model`
 ) -> int|None:  # Index of a stage, as for `gradcam`
     "The stage of an xresnet that `first_fine` chooses; None for other networks: their last."
-    if not learn.setup['arch'].startswith('xresnet'): return None
-    sizes = [learn.dls.setup['size']/stride for stride in _STRIDES.values()]
+    if not learn.network.arch.startswith('xresnet'): return None
+    sizes = [learn.dls.setup.size/stride for stride in _STRIDES.values()]
     return first_fine(list(_STRIDES), sizes)
