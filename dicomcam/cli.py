@@ -107,7 +107,7 @@ def summary(folder, out, force, pixels, phi):
 # %% ../nbs/api/33_cli.ipynb #80985f65
 def _positives(learn):
     "The classes that figures are about: the last of two, else each."
-    return list(learn.dls.vocab)[-1 if len(learn.dls.vocab) == 2 and not learn.dls.setup['multi'] else 0:]
+    return list(learn.dls.vocab)[-1 if len(learn.dls.vocab) == 2 and not learn.dls.setup.multi else 0:]
 
 def _say(m, figures=('accuracy', 'auc', 'average_precision', 'sensitivity', 'specificity', 'ppv', 'npv', 'brier', 'calibration_error')):
     for k in figures: click.echo(f'{k:18} {m[k]["value"]:.2f}  (95 % interval {m[k]["low"]:.2f} to {m[k]["high"]:.2f})'.replace('nan', '?'))
@@ -168,7 +168,7 @@ def explain(model, files, method, layer, cls, dicom, bs, out, force):
         from dicomcam.models import load_model
         import torch
         files, learn = found_files(files), load_model(model)
-        size = learn.dls.setup['size']
+        size = learn.dls.setup.size
         maps = partial(gradcam, learn, layers=fine_stage(learn) if layer is None else layer, method=method)
         shown, = maps(torch.zeros(1, 1, size, size), classes=cls).layers # what is wrong with class, layer or method shows here
         part.mkdir()
@@ -202,7 +202,7 @@ def report(model, folder, labels, method, layer, positive, held_out, cases, phi,
         from dicomcam.labels import label_table, patient_split
         from dicomcam.models import load_model
         learn = load_model(model)
-        split = dict(learn.dls.setup['split'])
+        split = dict(learn.dls.setup.split)
         table = label_table(folder, labels, split.pop('by'))
         if held_out: table = table.iloc[patient_split(table, **split)[1]].reset_index(drop=True)
         click.echo(f'Looking at {len(table)} images ...')

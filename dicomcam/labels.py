@@ -180,7 +180,7 @@ def patient_split(
     if given: return given
     having = {cls: has_class(df.label, cls) for cls in label_vocab(df)}
     patients = {cls: df.group[has].nunique() for cls, has in having.items()}
-    rare = min(patients, key=patients.get)
+    rare = min(patients, key=lambda cls: patients[cls])
     if patients[rare] < 2:
         raise ValueError(f'Class {rare!r} has one patient only, who cannot be on both sides of the split. '
             'Add patients, or drop the class.')

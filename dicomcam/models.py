@@ -1,4 +1,4 @@
-"""TODO
+"""A trained classifier in one safetensors file: weights, and the words that build its network and images again.
 
 Docs: https://dicomcam.github.io/dicomcam/api/models.html.md"""
 
@@ -9,58 +9,77 @@ __all__ = ['save_model', 'load_model']
 
 # %% ../nbs/api/16_models.ipynb #9ce7dc56
 import json
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from fastai.data.core import DataLoaders
 from fastai.data.transforms import IndexSplitter
 from fastai.learner import Learner
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .files import whole
-from .batches import any_source, dicom_block
+from .batches import Setup, any_source, dicom_block, setup_of
 from .networks import ACTIVATIONS, bare_model, dicom_learner
 
 # %% ../nbs/api/16_models.ipynb #db609f06
 def save_model(
-    learn, # From `dicom_learner`
-    fn,    # Where to, `model.safetensors` say
+    learn:Learner, # From `dicom_learner`
+    fn:str|Path,   # Where to, `model.safetensors` say
 ) -> Path:
-    "Weights and what is needed to use them, as safetensors. Written whole or not at all."
-    if not hasattr(learn.dls, 'setup'): raise ValueError('Only a learner whose dataloaders come from dicom_dls can be saved: the file tells how its images were made.')
-    if learn.setup['act_cls'] not in ACTIVATIONS: raise ValueError(f'act_cls={learn.setup["act_cls"]} cannot be saved: load_model knows {", ".join(ACTIVATIONS)}.')
-    meta = {**learn.setup, **learn.dls.setup, 'versions': {o: version(o) for o in ('dicomcam', 'fastai', 'torch', 'pydicom')}}
-    weights = {k: v.detach().cpu().contiguous() for k, v in bare_model(learn).state_dict().items()}
+    """Weights and what is needed to use them, as safetensors. Written whole or not at all. Raises ValueError for a
+    learner that the file could not describe."""
+    setup = setup_of(learn.dls)
+    if setup is None:
+        raise ValueError('Only a learner whose dataloaders come from dicom_dls can be saved: '
+            'the file tells how its images were made.')
+    if learn.network.act_cls not in ACTIVATIONS:
+        known = ', '.join(ACTIVATIONS)
+        raise ValueError(f'act_cls={learn.network.act_cls} cannot be saved: load_model knows {known}.')
+    versions = {name: version(name) for name in ('dicomcam', 'fastai', 'torch', 'pydicom')}
+    meta = {**asdict(learn.network), **setup.meta(), 'versions': versions}
+    weights = {name: w.detach().cpu().contiguous() for name, w in bare_model(learn).state_dict().items()}
     with whole(fn) as part: save_file(weights, part, metadata={'dicomcam': json.dumps(meta)})
     return Path(fn)
 
 # %% ../nbs/api/16_models.ipynb #b1a87d6b
-def _empty_dls(meta):
-    "Dataloaders that hold no data but know how to treat it, as `Learner.predict` needs them."
-    setup = {k: meta[k] for k in ('size', 'method', 'vocab', 'multi', 'split', 'pixels')}
-    black = np.zeros((setup['size'],)*2, np.uint8)
-    block = dicom_block(setup['size'], setup['method'], setup['vocab'], setup['multi'], splitter=IndexSplitter([1]),
-                        get_y=lambda o: setup['vocab'][:1] if setup['multi'] else setup['vocab'][0])
+def _empty_dls(setup):
+    "Dataloaders that hold no data but know how to treat it."
+    first = setup.vocab[0]
+    label = [first] if setup.multi else first
+    black = np.zeros((setup.size, setup.size), np.uint8)
+    block = dicom_block(setup.size, setup.method, setup.vocab, setup.multi, splitter=IndexSplitter([1]),
+        get_y=lambda _: label)
     dls = any_source(block.dataloaders([black, black], num_workers=0)).new_empty()
     dls.setup = setup
     return dls
 
 # %% ../nbs/api/16_models.ipynb #3f5b45a8
+def _read_model(fn):
+    "(words, weights) of a model file."
+    with safe_open(fn, 'pt') as f:
+        return json.loads(f.metadata()['dicomcam']), {name: f.get_tensor(name) for name in f.keys()}
+
 def load_model(
-    fn,       # File that `save_model` wrote
-    dls=None, # Dataloaders to go on with (`validate`, `fit`); None: empty ones, enough for `predict` and heatmaps
+    fn:str|Path,          # File that `save_model` wrote
+    dls:DataLoaders=None, # To go on with (`validate`, `fit`); None: empty ones, enough for `predict` and heatmaps
 ) -> Learner:
-    "The learner of a model file, in evaluation mode, without any data at hand. Raises ValueError, one line, for what is not such a file."
+    """The learner of a model file, in evaluation mode, without any data at hand. Raises FileNotFoundError, or for what
+    is not such a file ValueError, of one line."""
     fn = Path(fn)
-    if not fn.is_file(): raise FileNotFoundError(f'{fn}: no such file. Save one with save_model(learn, fn), or run: dicomcam train FOLDER')
+    if not fn.is_file():
+        raise FileNotFoundError(f'{fn}: no such file. Save one with save_model(learn, fn), '
+            'or run: dicomcam train FOLDER')
     try:
-        with safe_open(fn, 'pt') as f:
-            meta, weights = json.loads(f.metadata()['dicomcam']), {k: f.get_tensor(k) for k in f.keys()}
-        learn = dicom_learner(dls or _empty_dls(meta), str(meta['arch']), ACTIVATIONS[meta['act_cls']], meta['sa'])
+        meta, weights = _read_model(fn)
+        if dls is None: dls = _empty_dls(Setup.from_meta(meta))
+        learn = dicom_learner(dls, str(meta['arch']), ACTIVATIONS[meta['act_cls']], meta['sa'])
         learn.model.load_state_dict(weights)
     except ImportError as e: raise ValueError(f'{fn}: {e}') from e
     except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
-        raise ValueError(f'{fn}: not a model that dicomcam saved ({str(e).splitlines()[0]}). Make one with save_model(learn, fn).') from e
+        why = str(e).splitlines()[0]
+        raise ValueError(f'{fn}: not a model that dicomcam saved ({why}). Make one with save_model(learn, fn).') from e
     learn.model.eval()
     return learn

@@ -1,4 +1,4 @@
-"""TODO
+"""One HTML file on a classifier: data, split, metrics with intervals, subgroups, and cases with heatmaps.
 
 Docs: https://dicomcam.github.io/dicomcam/api/report.html.md"""
 
@@ -8,207 +8,211 @@ Docs: https://dicomcam.github.io/dicomcam/api/report.html.md"""
 __all__ = ['report']
 
 # %% ../nbs/api/30_report.ipynb #23eb896c
-import io, warnings
-from base64 import b64encode
+import warnings
 from datetime import datetime
 from pathlib import Path
 
-import cv2, numpy as np, pandas as pd
-from PIL import Image
-from fastai.torch_core import to_np
+import numpy as np, pandas as pd
+from fastai.learner import Learner
 from jinja2 import Environment, PackageLoader
-from matplotlib import colormaps, pyplot as plt
-from skimage.measure import approximate_polygon, find_contours
+from matplotlib import colormaps
 
 from . import __version__
 from .files import whole
 from .read import read_dicom
 from .data import lesion_mask
-from .batches import split_counts
-from .results import evaluate, positive_scores, predictions
+from .labels import is_multi, label_classes, label_text, positive_classes
+from .batches import setup_of, split_counts
+from .results import evaluate, positive_scores, prediction_classes, predictions
 from .subgroups import subgroups
 from .plots import plot_calibration, plot_confusion, plot_pr, plot_roc, plot_scores, plot_subgroups
-from .maps import positive, to_unit
-from .layers import conv_stages
+from .layers import first_fine, last_stages
 from .explain import Classifier
 from .gradcam import gradcam
-
-# %% ../nbs/api/30_report.ipynb #a12e6c1e
-def _uri(im, format, **kw):
-    "A PIL image as a data URI."
-    f = io.BytesIO()
-    im.save(f, format, **kw)
-    return f'data:image/{format};base64,{b64encode(f.getvalue()).decode()}'
-
-_LEVELS = 64 # of a heatmap in the report
-
-def _heat_uri(h, i, cls, layer, side=128):
-    "A heatmap as a PNG, no larger than `side`: the brighter the more opaque."
-    m = to_np(to_unit(positive(h.native(i, cls, layer))))
-    k = min(1, side/max(m.shape))
-    im = Image.fromarray(np.uint8((_LEVELS-1)*cv2.resize(m, None, fx=k, fy=k, interpolation=cv2.INTER_AREA)+.5))
-    im.putpalette(np.uint8(255*colormaps['inferno'](np.linspace(0, 1, _LEVELS))[:, :3]+.5).tobytes())
-    return _uri(im, 'png', transparency=bytes(np.uint8(np.linspace(0, 255, _LEVELS))))
-
-def _photo_uri(x, side):
-    im = Image.fromarray(np.uint8(255*x+.5))
-    im.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return _uri(im, 'jpeg', quality=80)
-
-# %% ../nbs/api/30_report.ipynb #3ebd4b88
-def _plot(f, *args, size=(4.5, 4.5), **kw):
-    "A figure of `dicomcam.interpret` as (SVG, what it says)."
-    fig = plt.Figure(size, layout='constrained')
-    ax, svg = f(*args, ax=fig.subplots(), **kw), io.BytesIO()
-    fig.savefig(svg, format='svg', metadata=dict(Date=None))
-    says = [ax.get_title(), *ax.get_legend_handles_labels()[1], *(o.get_text().replace('\n', ' ') for o in ax.texts)]
-    return dict(uri=f'data:image/svg+xml;base64,{b64encode(svg.getvalue()).decode()}', alt='; '.join(says))
-
-def _outline(mask):
-    "The outline of a mask as an SVG path, in pixels, (0, 0) the upper left corner of the image."
-    rings = [approximate_polygon(o-.5, max(mask.shape)/800) for o in find_contours(np.pad(np.asarray(mask, float), 1), .5)]
-    return ''.join('M'+'L'.join(f'{x:.1f},{y:.1f}' for y, x in o)+'Z' for o in rings)
+from .pictures import heat_uri, outline_path, photo_uri, plot_uri
 
 # %% ../nbs/api/30_report.ipynb #d2f51d21
-def _text(label): return '–' if label is None or label != label else str(label) if not isinstance(label, tuple) else ', '.join(label) or 'none'
-
 def _origin(learn, df):
     "How the images of `df` relate to those of the training: a sentence, and whether it is bad news."
-    table = getattr(learn.dls, 'table', None)
-    if table is None: return dict(bad=True, text='Which images the classifier was trained on is not known here. If these or others of the same patients were among them, the figures flatter.')
-    trained, by = table[~table.is_valid], learn.dls.setup['split']['by']
+    setup = setup_of(learn.dls)
+    if setup is None or setup.table is None:
+        return dict(bad=True, text='Which images the classifier was trained on is not known here. '
+            'If these or others of the same patients were among them, the figures flatter.')
+    trained, by = setup.table[~setup.table.is_valid], setup.split['by']
     both = set(df.patient) & set(trained.group.astype(str))
-    if both: return dict(bad=True, text=f'{len(both)} of these patients were in the training set too: the figures flatter.')
-    if by is None: return dict(bad=True, text='Images were split one by one, not by patient. The same patient may have been in the training set too, and the figures then flatter.')
-    return dict(bad=False, text=f'The classifier was trained on {len(trained)} images of {trained.group.nunique()} other patients: images were split by {by}, so no patient is on both sides.')
+    if both:
+        return dict(bad=True, text=f'{len(both)} of these patients were in the training set too: the figures flatter.')
+    if by is None:
+        return dict(bad=True, text='Images were split one by one, not by patient. '
+            'The same patient may have been in the training set too, and the figures then flatter.')
+    patients = f'{len(trained)} images of {trained.group.nunique()} other patients'
+    split = f'images were split by {by}, so no patient is on both sides'
+    return dict(bad=False, text=f'The classifier was trained on {patients}: {split}.')
 
+# %% ../nbs/api/30_report.ipynb #rep00006
 def _counts(learn, df, items):
-    "Images and patients of each class, as rows of a table."
-    if items is None: n = split_counts(learn.dls).reset_index().replace(dict(side=dict(train='training', valid='validation')))
-    else: n = df.assign(label=df.label.map(_text)).groupby('label').agg(images=('file', 'size'), patients=('patient', 'nunique')).reset_index()
-    n['label'] = n.label.map(_text)
+    "Images and patients of each class, as rows of a table; of the validation set beside those of the training set."
+    if items is None:
+        n = split_counts(learn.dls).reset_index()
+        n = n.replace(dict(side=dict(train='training', valid='validation')))
+    else:
+        groups = df.assign(label=df.label.map(label_text)).groupby('label')
+        n = groups.agg(images=('file', 'size'), patients=('patient', 'nunique')).reset_index()
+    n['label'] = n.label.map(label_text)
     return n.astype(object).to_dict('records')
+
+def _about_data(learn, df, items):
+    "For the template: how many images, of whom, and how they relate to those of the training."
+    setup = setup_of(learn.dls)
+    unread = setup.skipped if items is None and setup else None
+    return dict(images=len(df), patients=df.patient.nunique(), counts=_counts(learn, df, items),
+        split=_origin(learn, df), skipped=0 if unread is None else len(unread),
+        network=f'{learn.network.arch}, {learn.dls.setup.size} pixels')
 
 # %% ../nbs/api/30_report.ipynb #42f6c5ef
 def _result(df, positive, threshold, vocab):
-    "Figures and plots of one class."
-    (p, y, patient), r = positive_scores(df, positive=positive), evaluate(df, positive=positive, threshold=threshold)
-    names, t = [next(o for o in vocab if o != positive) if len(vocab) == 2 else f'not {positive}', positive], r['threshold']
-    curves = [_plot(f, y, p, patient=patient, threshold=t) for f in (plot_roc, plot_pr)] if 0 < y.mean() < 1 else []
-    return {**r, 'plots': [*curves, _plot(plot_confusion, y, p, classes=names, threshold=t), _plot(plot_calibration, y, p), _plot(plot_scores, y, p, classes=names, threshold=t)]}
+    "For the template: metrics and plots of one class."
+    score, y, patient = positive_scores(df, positive=positive)
+    metrics = evaluate(df, positive=positive, threshold=threshold)
+    others = [cls for cls in vocab if cls != positive]
+    names = [others[0] if len(others) == 1 else f'not {positive}', positive]
+    at = metrics['threshold']
+    plots = []
+    if 0 < y.mean() < 1: # a curve needs both sides
+        plots += [plot_uri(plot, y, score, patient=patient, threshold=at) for plot in (plot_roc, plot_pr)]
+    plots += [plot_uri(plot_confusion, y, score, classes=names, threshold=at), plot_uri(plot_calibration, y, score),
+        plot_uri(plot_scores, y, score, classes=names, threshold=at)]
+    return metrics | dict(plots=plots)
 
 def _group(df, table, positive):
-    "Results of one class by subgroup, and warnings of what the header gives away in `table`."
-    with warnings.catch_warnings(record=True) as said:
+    "For the template: results of one class by subgroup, and warnings of what the header gives away in `table`."
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
-        g = subgroups(df, positive=positive, table=table)
-    if g.empty: return None
-    return dict(positive=positive, warnings=[str(o.message) for o in said if o.category is UserWarning], rows=g.reset_index().to_dict('records'),
-                plots=[_plot(plot_subgroups, g, size=(6, .8+.3*len(g)))])
-
-# %% ../nbs/api/30_report.ipynb #280049a2
-def _pick_cases(df, n, phi):
-    "Up to `n` rows for the gallery, and a sentence that says which."
-    named = pd.Series([not phi and read_dicom(o, pixels=False).get('BurnedInAnnotation') == 'YES' for o in df.file], df.index, bool)
-    left, says = df[~named], f' {named.sum()} images were left out: their header says that the patient can be told from text in the picture.' if named.any() else ''
-    if len(left) <= n: return left, f'All {len(left)} images.{says}'
-    worst = left.nlargest(n//2, 'loss')
-    picked = pd.concat([worst, left.drop(worst.index).sample(n-len(worst), random_state=42)]).sort_index()
-    return picked, f'{n} of {len(df)} images: {f"the {len(worst)} of largest loss, the others" if len(worst) else "all"} drawn at random.{says}'
-
-def _layers(learn, file):
-    "Up to three layers: the last convolutional stage and those beside it that come before."
-    last = gradcam(learn, file, learn.dls.vocab[0]).layers[0]
-    above = last.rpartition('.')[0]
-    stages = [n for n, m in Classifier(learn).model.get_submodule(above).named_children() if conv_stages(m) or n == last.rpartition('.')[2]]
-    return [f'{above}.{o}'.lstrip('.') for o in stages][-3:]
-
-# %% ../nbs/api/30_report.ipynb #ba04c0de
-def _case(h, i, o, no, vocab, shown, mask, phi, side):
-    "What the template has to know of image `i` of `h`, row `o` of the predictions."
-    top = {*sorted(vocab, key=lambda c: -o[c])[:3], *([o.label] if isinstance(o.label, str) else o.label or ()), shown} if len(vocab) > 4 else vocab
-    classes, (rows, cols, *_) = [c for c in vocab if c in top], h.where(i)
-    maps = [dict(cls=c, layer=n, uri=_heat_uri(h, i, c, l)) for c in classes for l, n in zip(h.layers, _layer_names(h))]
-    return dict(no=no, label=_text(o.label), predicted=o.predicted, wrong=None if not isinstance(o.label, str) else o.label != o.predicted, loss=o.loss, rows=rows, cols=cols,
-                score=o[shown] if shown else o[o.predicted], probs={c: o[c] for c in classes}, classes=classes, maps=maps, photo=_photo_uri(h.picture(i, native=True), side),
-                outline=_outline(mask) if mask is not None else '', who=f'{o.file.name}, patient {o.patient}' if phi else '')
-
-def _layer_names(h): return [f'{n} ({r.shape[-2]} × {r.shape[-1]})' for n, r in zip(h.layers, h.raw)]
+        groups = subgroups(df, positive=positive, table=table)
+    if groups.empty: return None
+    return dict(positive=positive, rows=groups.reset_index().to_dict('records'),
+        warnings=[str(o.message) for o in caught if o.category is UserWarning],
+        plots=[plot_uri(plot_subgroups, groups, size=(6, .8+.3*len(groups)))])
 
 # %% ../nbs/api/30_report.ipynb #a701a139
-def _what_data(learn, df, items):
-    "For the template: how many images, of whom, and how they relate to those of the training."
-    skipped = len(getattr(learn.dls, 'skipped', ())) if items is None else 0
-    network = f'{learn.setup["arch"]}, {learn.dls.setup["size"]} pixels'
-    counts, split = _counts(learn, df, items), _origin(learn, df)
-    return dict(images=len(df), patients=df.patient.nunique(), counts=counts, split=split, skipped=skipped, network=network)
-
-def _what_results(df, table, vocab, positives, results, multi):
-    "For the template: figures of each class, subgroups, and the confusion matrix of more than two."
+def _about_results(df, table, vocab, positives, results):
+    "For the template: metrics of each class, subgroups, and the confusion matrix of more than two."
     if not results: return dict(results=[], groups=[], plots=[])
-    groups = [_group(df, table, o) for o in positives]
-    as_list = len(vocab) > 2 and not multi
-    plots = [_plot(plot_confusion, df.label.map(vocab.index), df[vocab].to_numpy(), classes=vocab)] if as_list else []
+    groups = [_group(df, table, cls) for cls in positives]
+    plots = []
+    if len(vocab) > 2 and not is_multi(df.label):
+        plots = [plot_uri(plot_confusion, df.label.map(vocab.index), df[vocab].to_numpy(), classes=vocab)]
     return dict(results=results, groups=[o for o in groups if o], plots=plots)
 
-def _first_shown(h):
-    "The layer to begin with: the deepest of at least 16 x 16 positions, else the first."
-    fine = [name for name, raw in zip(_layer_names(h), h.raw) if min(raw.shape[-2:]) >= 16]
-    return fine[-1] if fine else _layer_names(h)[0]
+def _predicted(df, vocab, positives, results):
+    "What each image of `df` was called: the likeliest class; of two classes, by the threshold where there is one."
+    likeliest = df[vocab].idxmax(axis=1)
+    if not results or len(vocab) != 2 or is_multi(df.label): return likeliest
+    positive, = positives
+    other, = set(vocab)-{positive}
+    return np.where(df[positive] >= results[0]['threshold'], positive, other)
 
-def _what_cases(h, picked, vocab, shown, masks, phi, side):
+# %% ../nbs/api/30_report.ipynb #280049a2
+def _names_patient(file):
+    "Does the header say that the patient can be told from text in the picture?"
+    return read_dicom(file, pixels=False).get('BurnedInAnnotation') == 'YES'
+
+def _pick_cases(df, n, phi):
+    "Up to `n` rows for the gallery, and a sentence that says which."
+    named = pd.Series([not phi and _names_patient(o) for o in df.file], df.index, bool)
+    left, says = df[~named], ''
+    if named.any():
+        why = 'their header says that the patient can be told from text in the picture'
+        says = f' {named.sum()} images were left out: {why}.'
+    if len(left) <= n: return left, f'All {len(left)} images.{says}'
+    worst = left.nlargest(n//2, 'loss')
+    others = left.drop(worst.index).sample(n-len(worst), random_state=42)
+    drawn = f'the {len(worst)} of largest loss, the others' if len(worst) else 'all'
+    return pd.concat([worst, others]).sort_index(), f'{n} of {len(df)} images: {drawn} drawn at random.{says}'
+
+# %% ../nbs/api/30_report.ipynb #rep0000c
+def _stages(learn, file):
+    "Names of the last three convolutional stages."
+    last, = gradcam(learn, file, learn.dls.vocab[0]).layers
+    return last_stages(Classifier(learn).model, last)
+
+def _layer_names(h):
+    "Layers with the size of their maps, as the reader chooses between them."
+    return [f'{name} ({raw.shape[-2]} × {raw.shape[-1]})' for name, raw in zip(h.layers, h.raw)]
+
+# %% ../nbs/api/30_report.ipynb #ba04c0de
+def _case_classes(row, vocab, shown):
+    "The classes whose maps a case offers."
+    if len(vocab) <= 4: return vocab
+    likeliest = sorted(vocab, key=lambda cls: -row[cls])[:3]
+    wanted = {*likeliest, *label_classes(row.label), shown}
+    return [cls for cls in vocab if cls in wanted]
+
+def _case(h, i, row, vocab, shown, mask, phi, side):
+    "For the template: image `i` of `h`, which is `row` of the predictions."
+    classes = _case_classes(row, vocab, shown)
+    rows, cols, *_ = h.where(i)
+    maps = [dict(cls=cls, layer=name, uri=heat_uri(h.heat(i, cls, layer)))
+        for cls in classes for layer, name in zip(h.layers, _layer_names(h))]
+    one_label = isinstance(row.label, str)
+    return dict(no=i+1, label=label_text(row.label), predicted=row.predicted,
+        wrong=row.label != row.predicted if one_label else None,
+        loss=row.loss, score=row[shown or row.predicted], probs={cls: row[cls] for cls in classes},
+        rows=rows, cols=cols, classes=classes, maps=maps,
+        photo=photo_uri(h.picture(i, native=True), side), outline='' if mask is None else outline_path(mask),
+        who=f'{row.file.name}, patient {row.patient}' if phi else '')
+
+# %% ../nbs/api/30_report.ipynb #rep0000f
+def _about_cases(h, picked, vocab, shown, masks, phi, side):
     "For the template: the gallery and the choices above it."
     colours = 255*colormaps['inferno'](np.linspace(0, 1, 9))
-    cases = [_case(h, i, row, i+1, vocab, shown, masks[i], phi, side) for i, (_, row) in enumerate(picked.iterrows())]
-    return dict(cases=cases, classes=vocab, shown=shown, labels=sorted(set(picked.label.map(_text))),
-        layers=_layer_names(h), layer=_first_shown(h), outlined=any(o is not None for o in masks),
+    cases = [_case(h, i, row, vocab, shown, masks[i], phi, side) for i, (_, row) in enumerate(picked.iterrows())]
+    names = _layer_names(h)
+    first = first_fine(names, [min(raw.shape[-2:]) for raw in h.raw])
+    return dict(cases=cases, classes=vocab, shown=shown, labels=sorted(set(picked.label.map(label_text))),
+        layers=names, layer=first, outlined=any(o is not None for o in masks),
         colours=[f'rgb({r:.0f} {g:.0f} {b:.0f})' for r, g, b, _ in colours])
 
+# %% ../nbs/api/30_report.ipynb #rep00013
 def _render(**what):
     "The page that `report.html.jinja` makes of `what`."
     env = Environment(loader=PackageLoader('dicomcam', ''), autoescape=True, trim_blocks=True)
     return env.get_template('report.html.jinja').render(version=__version__, today=f'{datetime.now():%d %B %Y}', **what)
 
+# %% ../nbs/api/30_report.ipynb #rep00014
 def report(
-    learn,           # Learner, from `dicom_learner` or `load_model`
-    items=None,      # As for `predictions`: None: the validation set; a table as `label_table` gives; a DataLoader; a path, or a list of paths
-    fn='report.html',# Where to
-    layers=None,     # Layers to choose from, as for `gradcam`; None: the last three stages
-    method='gradcam',# A name in `METHODS`
-    positive=None,   # Class that counts as positive; None: the last of two, each of more
-    threshold=0.5,   # As for `evaluate`
-    n=50,            # Most cases in the gallery
-    phi=False,       # Show file names and patients, and images that have the patient's name burned in?
-    path=None,       # Folder whose `masks/` or `boxes.csv` know the lesions
-    title=None,      # Heading
-    side=512,        # Longest side of the images in the gallery, pixels
-    progress=False,  # Show a bar with the time left?
-) -> Path:
-    "One HTML file that needs nothing else: data, split, figures with intervals, subgroups with warnings, and a gallery of cases with heatmaps. Written whole or not at all."
+    learn:Learner,             # From `dicom_learner` or `load_model`
+    items=None,                # As for `predictions`: a table as of `label_table`, paths, ...; None: the validation set
+    fn:str|Path='report.html', # Where to
+    layers=None,               # Layers to choose from, as for `gradcam`; None: the last three stages
+    method:str='gradcam',      # A name in `METHODS`
+    positive:str|None=None,    # Class that counts as positive; None: the last of two, each of more
+    threshold=0.5,             # As for `evaluate`
+    n:int=50,                  # Most cases in the gallery
+    phi:bool=False,            # Show file names and patients, and images that have the patient's name burned in?
+    path:str|Path|None=None,   # Folder whose `masks/` or `boxes.csv` know the lesions
+    title:str|None=None,       # Heading
+    side:int=512,              # Longest side of the images in the gallery, pixels
+    progress:bool=False,       # Show a bar with the time left?
+) -> Path:                     # `fn`
+    """One HTML file that needs nothing else: data, split, metrics with intervals, subgroups with warnings, and a gallery
+    of cases with heatmaps. Written whole or not at all. Raises ValueError as `evaluate` and `gradcam` do."""
     df = predictions(learn, items, progress)
-    vocab = list(df.columns[4:])
-    known = df.label.notna().all()
-    multi = isinstance(df.label.iloc[0], tuple)
-    binary = len(vocab) == 2 and not multi
-    if positive is not None: positives = [positive]
-    else: positives = vocab[-1:] if binary else vocab
+    vocab = prediction_classes(df)
+    positives = positive_classes(vocab, is_multi(df.label), positive)
     shown = positives[0] if len(positives) == 1 else None # the class of which maps and scores are shown first
+    labelled = df.label.notna().all()
+    results = [_result(df, cls, threshold, vocab) for cls in positives] if labelled else []
+    df['predicted'] = _predicted(df, vocab, positives, results)
 
-    results = [_result(df, o, threshold, vocab) for o in positives] if known else []
-    df['predicted'] = df[vocab].idxmax(axis=1)
-    if binary and results:
-        other, = set(vocab) - {shown}
-        df['predicted'] = np.where(df[shown] >= results[0]['threshold'], shown, other)
     picked, chosen = _pick_cases(df, n, phi)
     files = picked.file.tolist()
-    if layers is None: layers = _layers(learn, files[0])
-    h = gradcam(learn, files, vocab, layers, method)
+    h = gradcam(learn, files, vocab, _stages(learn, files[0]) if layers is None else layers, method)
     masks = [lesion_mask(path, o) if path else None for o in files]
-    table = getattr(learn.dls, 'table', df) if items is None else df
-
-    title = title or 'Report of an X-ray classifier'
-    html = _render(title=title, method=method, vocab=vocab, phi=phi, side=side, chosen=chosen,
-        **_what_data(learn, df, items), **_what_results(df, table, vocab, positives, results, multi),
-        **_what_cases(h, picked, vocab, shown, masks, phi, side))
+    setup = setup_of(learn.dls)
+    table = setup.table if items is None and setup else df
+    html = _render(title=title or 'Report of an X-ray classifier', method=method, vocab=vocab, phi=phi, side=side,
+        chosen=chosen, **_about_data(learn, df, items), **_about_results(df, table, vocab, positives, results),
+        **_about_cases(h, picked, vocab, shown, masks, phi, side))
     with whole(fn) as part: part.write_text(html, encoding='utf-8')
     return Path(fn)

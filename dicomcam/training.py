@@ -33,7 +33,7 @@ def default_recipe() -> dict: # arch, size, bs (None: what `fill_card` finds), e
 # %% ../nbs/api/17_training.ipynb #ceaf55c7
 def _train_step(learn, bs):
     "One step of a copy of the network on `bs` black images, as training takes it: what it needs in memory, it needs here."
-    size, device, amp = learn.dls.setup['size'], learn.dls.device, getattr(learn, 'mixed_precision', None)
+    size, device, amp = learn.dls.setup.size, learn.dls.device, getattr(learn, 'mixed_precision', None)
     model = copy.deepcopy(learn.model).to(device, memory_format=torch.channels_last if amp else torch.contiguous_format).train()
     with no_random(), torch.autocast(device.type, torch.bfloat16 if amp and amp.amp_mode == AMPMode.BF16 else torch.float16, enabled=bool(amp)):
         loss = model(torch.zeros(bs, 1, size, size, device=device)).float().sum()

@@ -28,7 +28,7 @@ def model(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp('model')/'m.safetensors'
     r = here('train', folder, *small, '--out', out)
     lines = r.stdout.splitlines()
-    counts = dicom_dls(folder, size=64).table.is_valid.value_counts()
+    counts = dicom_dls(folder, size=64).setup.table.is_valid.value_counts()
     assert sum(int(o.split()[-2]) for o in lines if o.split()[-3:-2] == ['Pneumothorax']) == counts.sum() # of training and validation
     assert any(o.startswith('average_precision') and 'interval' in o for o in lines) and lines[-1] == f'Model in {out}'
     return out
@@ -52,7 +52,7 @@ def test_demo_on_a_folder(folder, tmp_path):
     r = dicomcam('demo', '--data', folder, '--out', tmp_path/'out', *small)
     assert r.returncode == 0, r.stderr
     assert 'Results in' in r.stdout.splitlines()[-1]
-    m = check(tmp_path/'out', dicom_dls(folder, size=32).table.is_valid.sum(), ['No Pneumothorax', 'Pneumothorax'])
+    m = check(tmp_path/'out', dicom_dls(folder, size=32).setup.table.is_valid.sum(), ['No Pneumothorax', 'Pneumothorax'])
     assert len(pd.read_csv(tmp_path/'out'/'summary.csv')) == 30
     assert m['heatmaps']['layer']
     before = {o: o.stat().st_mtime_ns for o in (tmp_path/'out').rglob('*')}

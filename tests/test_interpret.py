@@ -157,7 +157,7 @@ def test_threshold_needs_two_patients_of_either_class():
 # what goes in
 
 def test_predictions_from_every_source(learn, folder, tmp_path):
-    df, table = predictions(learn), learn.dls.table
+    df, table = predictions(learn), learn.dls.setup.table
     assert list(df.columns) == ['file', 'label', 'patient', 'loss', *learn.dls.vocab] and len(df) == table.is_valid.sum()
     known = table.set_index('file')
     assert df.label.tolist() == known.label[df.file].tolist() and df.patient.tolist() == known.group[df.file].tolist()

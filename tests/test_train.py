@@ -1,5 +1,6 @@
 "Splits without leaks, refusals that name the file and the cure, model files that give the same numbers and run no code."
 import json, os, pickle, shutil, signal, subprocess, sys, time
+from dataclasses import asdict
 from pathlib import Path
 from urllib.error import URLError
 
@@ -25,19 +26,19 @@ def copy(folder, tmp_path): return shutil.copytree(folder, tmp_path/'copy')
 
 def test_no_patient_on_both_sides(folder):
     for seed in range(5):
-        t = dicom_dls(folder, size=32, seed=seed).table
+        t = dicom_dls(folder, size=32, seed=seed).setup.table
         assert not set(t.group[t.is_valid]) & set(t.group[~t.is_valid])
         for side in (True, False): assert set(t.label[t.is_valid == side]) == set(t.label)
 
 def test_no_patient_on_both_sides_of_real_films(xrays):
-    t = dicom_dls(xrays, size=32).table
+    t = dicom_dls(xrays, size=32).setup.table
     true = [pydicom.dcmread(o, stop_before_pixels=True).PatientID for o in t.file]
     assert t.group.tolist() == true and t.group.nunique() == 209
     assert not set(t.group[t.is_valid]) & set(t.group[~t.is_valid])
     assert abs(t.is_valid.mean()-0.2) < 0.03
 
 def test_same_seed_same_split(folder):
-    a, b, c = (dicom_dls(folder, size=32, seed=s).table.is_valid.tolist() for s in (1, 1, 2))
+    a, b, c = (dicom_dls(folder, size=32, seed=s).setup.table.is_valid.tolist() for s in (1, 1, 2))
     assert a == b != c
 
 def test_split_counts_add_up(folder):
@@ -105,7 +106,7 @@ def test_what_is_not_a_model_file_is_refused(learn, tmp_path, capsys):
     bad.write_bytes(b''); refuses()
     weights = load_file(good)
     save_file(weights, bad); refuses()                                       # no words about the network
-    meta = {**learn.setup, **learn.dls.setup}
+    meta = {**asdict(learn.network), **learn.dls.setup.meta()}
     for key, value in dict(arch='os', act_cls='system', sa=False, vocab=['a', 'b', 'c']).items():
         save_file(weights, bad, metadata={'dicomcam': json.dumps({**meta, key: value})}); refuses()
     assert 'stranger' not in capsys.readouterr().out
@@ -136,7 +137,7 @@ def test_demo_learner_trains_once(folder, tmp_path, monkeypatch):
 # --- labels and splits ---
 
 def test_split_by_image_warns(folder):
-    with pytest.warns(UserWarning, match='same patient may be on both sides'): t = dicom_dls(folder, size=32, by=None).table
+    with pytest.warns(UserWarning, match='same patient may be on both sides'): t = dicom_dls(folder, size=32, by=None).setup.table
     assert t.group.nunique() == len(t)
 
 def _table(folder): return pd.read_csv(folder/'labels.csv')
@@ -154,11 +155,11 @@ def test_repeated_file(folder):
 def test_given_split_is_kept(folder):
     df, group = _table(folder), patient_ids(label_table(folder).file)
     valid = np.isin(group, sorted(set(group))[::3])
-    t = dicom_dls(folder, df.assign(is_valid=valid), size=32).table
+    t = dicom_dls(folder, df.assign(is_valid=valid), size=32).setup.table
     assert t.is_valid.tolist() == valid.tolist()
-    t = dicom_dls(folder, df.assign(fold=np.where(valid, 3, 1)), size=32, fold=3).table
+    t = dicom_dls(folder, df.assign(fold=np.where(valid, 3, 1)), size=32, fold=3).setup.table
     assert t.is_valid.tolist() == valid.tolist()
-    assert dicom_dls(folder, df.assign(fold=np.where(valid, 3, 1)), size=32).table.is_valid.tolist() == (~valid).tolist()
+    assert dicom_dls(folder, df.assign(fold=np.where(valid, 3, 1)), size=32).setup.table.is_valid.tolist() == (~valid).tolist()
     with pytest.raises(ValueError, match='one side empty'): dicom_dls(folder, df.assign(fold=1), size=32, fold=2)
 
 def test_given_split_with_a_patient_on_both_sides(folder):
@@ -172,7 +173,7 @@ def test_three_classes(folder):
     df = _table(folder)
     df['label'] = ['abc'[i%3] for i in range(len(df))]
     dls = dicom_dls(folder, df, size=32, valid_pct=.33)
-    assert list(dls.vocab) == ['a', 'b', 'c'] and set(dls.table.label[dls.table.is_valid]) == {'a', 'b', 'c'}
+    assert list(dls.vocab) == ['a', 'b', 'c'] and set(dls.setup.table.label[dls.setup.table.is_valid]) == {'a', 'b', 'c'}
     learn = dicom_learner(dls, xresnet18)
     learn.fit(1)
     assert learn.predict(dls.valid.items[0])[2].shape == (3,)
@@ -184,8 +185,8 @@ def test_several_labels(folder, delim, tmp_path):
     if delim: df['label'] = ['|'.join(n for n, o in (('air', x), ('even', y)) if o) for x, y in zip(a, b)]
     else: df = df.assign(air=a, even=b)
     dls = dicom_dls(folder, df, size=32, **(dict(label_delim='|') if delim else dict(label_col=['air', 'even'])))
-    assert list(dls.vocab) == ['air', 'even'] and dls.table.label[~a & ~b].map(len).eq(0).all()
-    assert [tuple(o) for o in dls.table.label] == [tuple(n for n, o in (('air', x), ('even', y)) if o) for x, y in zip(a, b)]
+    assert list(dls.vocab) == ['air', 'even'] and dls.setup.table.label[~a & ~b].map(len).eq(0).all()
+    assert [tuple(o) for o in dls.setup.table.label] == [tuple(n for n, o in (('air', x), ('even', y)) if o) for x, y in zip(a, b)]
     learn = dicom_learner(dls, xresnet18, class_weights='balanced')
     learn.fit(1)
     new, o = load_model(save_model(learn, tmp_path/'m.safetensors')), dls.valid.items[0]
@@ -198,7 +199,7 @@ def test_unreadable_images(copy):
     files[0].write_bytes(files[0].read_bytes()[:3000])
     files[1].write_text('no X-ray')
     with pytest.warns(UserWarning, match='2 of 30 images cannot be read'): dls = dicom_dls(copy, size=32)
-    assert set(dls.skipped.index) == set(files[:2]) and len(dls.table) == 28 and not set(files[:2]) & set(dls.table.file)
+    assert set(dls.setup.skipped.index) == set(files[:2]) and len(dls.setup.table) == 28 and not set(files[:2]) & set(dls.setup.table.file)
     with pytest.raises(ValueError, match=str(files[0])): dicom_dls(copy, size=32, strict=True)
 
 @pytest.fixture
@@ -311,7 +312,7 @@ def test_heatmaps_find_the_way_back(method):
 
 def test_class_weights(folder):
     dls = dicom_dls(folder, size=32)
-    n = dls.table.label[~dls.table.is_valid].value_counts()
+    n = dls.setup.table.label[~dls.setup.table.is_valid].value_counts()
     w = dicom_learner(dls, xresnet18, class_weights='balanced').loss_func.weight
     assert np.allclose(w.cpu(), [n.sum()/2/n[c] for c in dls.vocab])
 
