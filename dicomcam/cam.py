@@ -1,4 +1,4 @@
-"""TODO
+"""Class activation maps: exact, all classes from one forward pass, where the head allows it.
 
 Docs: https://dicomcam.github.io/dicomcam/api/cam.html.md"""
 
@@ -8,6 +8,9 @@ Docs: https://dicomcam.github.io/dicomcam/api/cam.html.md"""
 __all__ = ['cam', 'upsample', 'positive', 'to_unit', 'Heatmaps', 'as_found', 'outputs_of', 'layer_name']
 
 # %% ../nbs/api/25_cam.ipynb #04ff5d86
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -15,6 +18,7 @@ from .maps import positive, to_unit, upsample
 from .heatmaps import Heatmaps
 from .layers import layer_name, conv_stages, last_stage
 from .explain import as_found, explain, inputs_of, outputs_of
+from fastai.learner import Learner
 
 _all_ = ['upsample', 'positive', 'to_unit', 'Heatmaps', 'as_found', 'outputs_of', 'layer_name'] # where they were in 0.1
 
@@ -22,12 +26,13 @@ _all_ = ['upsample', 'positive', 'to_unit', 'Heatmaps', 'as_found', 'outputs_of'
 def _near(a, b, tol): return a.shape == b.shape and (a-b).abs().max() <= tol*b.abs().max()
 
 def _pooled(act, head, given, scores, tol):
-    "What was pooled into the head's input: `act` or its ReLU. None if the head is not global average pooling and one linear layer."
+    "`act` or its ReLU, whichever has the head's input as its means. None: not pooling and one linear layer."
     if not given or not _near(head(given[-1]).float(), scores, tol): return None
     return next((a for a in (act, act.relu()) if _near(a.mean((2, 3)), given[-1].float(), tol)), None)
 
+# %% ../nbs/api/25_cam.ipynb #cf0c746b
 def _cam_batch(c, xb, classes):
-    "CAM of one batch, after a check that GAP and one linear layer follow the last convolutional stage."
+    "Raw maps, scores and layer of one batch; `maps_of` for `explain`."
     stages = conv_stages(c.model)
     head = next((m for m in reversed(list(c.model.modules())) if isinstance(m, nn.Linear)), None)
     with torch.no_grad(), outputs_of(c.model, stages) as acts, inputs_of(head) as given: scores = c.scores(xb)
@@ -35,8 +40,8 @@ def _cam_batch(c, xb, classes):
     tol = 1e-3 if xb.dtype == torch.float32 else 3e-2
     act = _pooled(acts[layer].detach().float(), head, given, scores, tol)
     if act is None:
-        needs = f'CAM needs global average pooling and one linear layer right after the last convolutional stage, here {layer}'
-        raise ValueError(f'{needs}; this model has another head. Use gradcam, which takes any.')
+        needs = 'CAM needs global average pooling and one linear layer right after the last convolutional stage'
+        raise ValueError(f'{needs}, here {layer}; this model has another head. Use gradcam, which takes any.')
     weight = head.weight.float()
     if len(weight) == 1: weight = torch.cat([-weight, weight])
     chosen = c.positions(classes, len(weight))
@@ -44,10 +49,12 @@ def _cam_batch(c, xb, classes):
 
 # %% ../nbs/api/25_cam.ipynb #0fe81ae0
 def cam(
-    learn_or_model, # A fastai Learner or any `nn.Module` that ends in global average pooling and one linear layer
-    items,          # A path, a list of paths, or a batch (n, c, h, w) as the network takes it
-    classes=None,   # Names or indices; None: all
-    act=None,       # From scores to probabilities; None: what the Learner's loss has, else softmax, or sigmoid for a single logit
-) -> Heatmaps:
-    "Class activation maps (Zhou et al. 2016) of all `classes` from one forward pass a batch. Raises ValueError for another head."
+    learn_or_model:Learner|nn.Module, # Ends in global average pooling and one linear layer
+    items:str|Path|list|torch.Tensor, # A path, a list of paths, or a batch (n, c, h, w) as the network takes it
+    classes:str|int|list|None=None,   # Names or indices; None: all
+    act:Callable=None,                # From scores to probabilities; None: what `Classifier` takes
+) -> Heatmaps:                        # One layer, the last convolutional stage; raw maps in units of the score
+    """Class activation maps (Zhou et al. 2016) of all `classes` from one forward pass a batch.
+
+    The mean of a map over its positions, plus the bias, is the class score. Raises ValueError for another head."""
     return explain(learn_or_model, items, _cam_batch, 'cam', classes, act)

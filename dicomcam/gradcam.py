@@ -1,4 +1,4 @@
-"""TODO
+"""Grad-CAM and its relatives, at any layers and for any classes, from one forward pass a batch.
 
 Docs: https://dicomcam.github.io/dicomcam/api/gradcam.html.md"""
 
@@ -8,88 +8,110 @@ Docs: https://dicomcam.github.io/dicomcam/api/gradcam.html.md"""
 __all__ = ['gradcam', 'METHODS', 'cam_method']
 
 # %% ../nbs/api/26_gradcam.ipynb #87a813fa
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch, torch.nn.functional as F
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .heatmaps import Heatmaps, as_list
 from .layers import conv_stages, is_map, last_stage, layer_name
 from .explain import Classifier, explain, outputs_of, two_sided
 from .methods import METHODS, cam_method
+from fastai.learner import Learner
 
 _all_ = ['METHODS', 'cam_method'] # where they were in 0.1
 
 # %% ../nbs/api/26_gradcam.ipynb #37747e0b
-def _check(acts, names):
+def _check_maps(outputs, names):
     "Raise ValueError for a layer that did not run, or whose output is no map."
-    for n in names:
-        if n not in acts: raise ValueError(f'Layer {n} did not run in the forward pass, so there is nothing to show. Name one that did.')
-        if not is_map(acts[n]):
-            got = f'shape {tuple(acts[n].shape)}' if isinstance(acts[n], torch.Tensor) else type(acts[n]).__name__
-            raise ValueError(f'Layer {n} has no spatial extent: it returns {got}, wanted (n, c, h, w) of more than one position. Take an earlier layer.')
+    for name in names:
+        if name not in outputs:
+            gone = f'Layer {name} did not run in the forward pass, so there is nothing to show.'
+            raise ValueError(f'{gone} Name one that did.')
+        out = outputs[name]
+        if is_map(out): continue
+        got = f'shape {tuple(out.shape)}' if isinstance(out, torch.Tensor) else type(out).__name__
+        wanted = 'wanted (n, c, h, w) of more than one position'
+        raise ValueError(f'Layer {name} has no spatial extent: it returns {got}, {wanted}. Take an earlier layer.')
 
 # %% ../nbs/api/26_gradcam.ipynb #a2a10ce6
 class _Scale(torch.autograd.Function):
-    "Batch norm in `eval` mode, as torch has it; back goes the gradient times each channel's scale, rounded as torch does, and nothing else."
+    "Batch norm in `eval` mode. Back goes the gradient times each channel's scale, rounded as torch does, and no more."
     @staticmethod
     def forward(ctx, x, mean, var, weight, bias, eps):
         exact = var if var.device.type == 'mps' else var.double() # as torch rounds it
         ctx.save_for_backward((exact+eps).rsqrt().to(var.dtype), weight)
         return F.batch_norm(x, mean, var, weight, bias, eps=eps)
+
     @staticmethod
     def backward(ctx, g):
-        (scale, weight), per_channel = ctx.saved_tensors, (-1, *[1]*(g.ndim-2))
+        scale, weight = ctx.saved_tensors
+        per_channel = -1, *[1]*(g.ndim-2)
         res = g*scale.view(per_channel)
         if weight is not None: res *= weight.view(per_channel)
         return res.to(g.dtype), None, None, None, None, None
 
+# %% ../nbs/api/26_gradcam.ipynb #13225b3c
 class _LeanNorm(TorchFunctionMode):
     "Inside, batch norms in `eval` mode go by `_Scale`, unless their weights come out of the network itself."
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is not F.batch_norm: return func(*args, **kwargs or {})
         def norm(x, mean, var, weight=None, bias=None, training=False, momentum=.1, eps=1e-5):
-            if training or any(o is not None and not o.is_leaf for o in (mean, var, weight, bias)): return func(*args, **kwargs or {})
+            computed = any(o is not None and not o.is_leaf for o in (mean, var, weight, bias))
+            if training or computed: return func(*args, **kwargs or {})
             return _Scale.apply(x, mean, var, *(o if o is None else o.detach() for o in (weight, bias)), eps)
         return norm(*args, **kwargs or {})
 
 # %% ../nbs/api/26_gradcam.ipynb #6a5db577
 def _wide(t): return t if t.dtype == torch.float64 else t.float()
 
-def _gradients(scores, acts, keep_graph, scale):
+def _gradients(scores, acts, keep_graph):
     "Gradients of the summed scores (n,) with respect to `acts`, None where they do not depend on one."
     if not scores.requires_grad: return [None]*len(acts)
+    scale = 256 if any(o.dtype == torch.float16 for o in acts) else 1
     gs = torch.autograd.grad(scale*scores.sum(), acts, retain_graph=keep_graph, allow_unused=True)
     return [g if g is None else _wide(g)/scale for g in gs]
 
+# %% ../nbs/api/26_gradcam.ipynb #659370d4
+def _class_maps(score, acts, names, map_of, grad, keep_graph):
+    "Raw maps (n, h, w) at each layer of the class whose scores (n,) are given."
+    maps = []
+    for name, act, g in zip(names, acts, _gradients(score, acts, keep_graph)):
+        if grad and g is None:
+            why = f'The scores do not depend on layer {name} in a way that autograd can follow.'
+            raise ValueError(f'{why} Name a layer on the way to them.')
+        with torch.no_grad(), torch.autocast(act.device.type, enabled=False):
+            maps.append(map_of(_wide(act.detach()), g))
+    return maps
+
 def _gradcam_batch(c, xb, classes, layers, map_of, grad):
-    "Raw maps of one batch: one forward pass, then one pass back a class, down to the earliest layer. `map_of` and `grad` are of `METHODS`."
-    names = layers or conv_stages(c.model)
-    with torch.set_grad_enabled(grad), outputs_of(c.model, names) as outputs, _LeanNorm(): out = c.scores(xb)
-    names = layers or [last_stage(outputs, names)]
-    _check(outputs, names)
-    acts, scores = [outputs[n] for n in names], two_sided(out)
-    scale = 256 if any(a.dtype == torch.float16 for a in acts) else 1 # small gradients are zero in float16
-    chosen = c.positions(classes, scores.shape[1])
-    maps = [[] for _ in names]
-    for k in chosen:
-        gs = _gradients(scores[:, k], acts, k != chosen[-1], scale)
-        for name, act, g, of_layer in zip(names, acts, gs, maps):
-            if grad and g is None:
-                raise ValueError(f'The scores do not depend on layer {name} in a way that autograd can follow. Name a layer on the way to them.')
-            with torch.no_grad(), torch.autocast(xb.device.type, enabled=False): of_layer.append(map_of(_wide(act.detach()), g))
-    return [torch.stack(o, 1) for o in maps], out, names
+    "Raw maps, scores and layers of one batch; `maps_of` for `explain`. `map_of` and `grad` are of `METHODS`."
+    hooked = layers or conv_stages(c.model)
+    with torch.set_grad_enabled(grad), outputs_of(c.model, hooked) as outputs, _LeanNorm(): scores = c.scores(xb)
+    names = layers or [last_stage(outputs, hooked)]
+    _check_maps(outputs, names)
+    acts, by_class = [outputs[o] for o in names], two_sided(scores)
+    chosen = c.positions(classes, by_class.shape[1])
+    maps = [_class_maps(by_class[:, k], acts, names, map_of, grad, keep_graph=n < len(chosen))
+        for n, k in enumerate(chosen, 1)]
+    return [torch.stack([o[j] for o in maps], 1) for j, _ in enumerate(names)], scores, names
 
 # %% ../nbs/api/26_gradcam.ipynb #dbfc6d78
 def gradcam(
-    learn_or_model,  # A fastai Learner or any `nn.Module`
-    items,           # A path, a list of paths, or a batch (n, c, h, w) as the network takes it
-    classes=None,    # Names or indices; None: all
-    layers=None,     # Modules, names or indices (as in `model[-6]`), one or several; None: the last convolutional stage
-    method='gradcam',# A name in `METHODS`
-    act=None,        # From scores to probabilities; None: what the Learner's loss has, else softmax, or sigmoid for a single logit
-) -> Heatmaps:
-    "Raw maps of all `classes` at all `layers`: one forward pass a batch, gradients with respect to the layers' outputs only."
+    learn_or_model:Learner|nn.Module, # Any classifier with a convolution
+    items:str|Path|list|torch.Tensor, # A path, a list of paths, or a batch (n, c, h, w) as the network takes it
+    classes:str|int|list|None=None,   # Names or indices; None: all
+    layers=None,                      # Modules, names or indices (as in `model[-6]`), one or several; None: last stage
+    method:str='gradcam',             # A name in `METHODS`
+    act:Callable=None,                # From scores to probabilities; None: what `Classifier` takes
+) -> Heatmaps:                        # Raw maps at each layer's own size
+    """Raw maps of all `classes` at all `layers`: one forward pass a batch, and one pass back a class.
+
+    Gradients are of the class score before softmax, with respect to the layers' outputs only. Raises ValueError for an
+    unknown method, layer or class, and for a layer whose output has no positions or no influence on the scores."""
     if method not in METHODS: raise ValueError(f'No method {method!r}; there are {", ".join(METHODS)}.')
     asked = [] if layers is None else as_list(layers)
     names = [layer_name(Classifier(learn_or_model).model, o) for o in asked]

@@ -7,7 +7,7 @@ from torchvision.models import resnet18
 
 from dicomcam.cam import Heatmaps
 from dicomcam.gradcam import gradcam
-from dicomcam.faithful import _steps
+from dicomcam.faithful import steps_between
 from dicomcam.intervals import mean_interval
 from dicomcam.trust import baselines, deletion, insertion, iobb, iou, localization, mass_in_mask, pointing_game, randomization, randomized
 
@@ -117,9 +117,9 @@ def test_deletion_and_insertion_worked_out():
 
 def test_steps_from_one_image_to_the_other():
     a, b, heat = torch.zeros(1, 4, 5), torch.ones(1, 4, 5), np.arange(20.).reshape(4, 5)
-    s = _steps(a, b, heat, 10)
+    s = steps_between(a, b, heat, 10)
     assert s.sum((1, 2, 3)).tolist() == list(range(0, 21, 2)) and s[1, 0, 3].tolist() == [0, 0, 0, 1, 1]
-    tied = _steps(a, b, heat*0, 10)[5, 0]
+    tied = steps_between(a, b, heat*0, 10)[5, 0]
     assert tied.sum() == 10 and 0 < tied[:2].sum() < 10 # ties at random, not from the top
 
 def test_deletion_of_a_class_asked_for_by_itself():
