@@ -1,4 +1,4 @@
-"""TODO
+"""A dataframe from a folder: one row a file, whatever happens, with its header and the statistics of its pixels.
 
 Docs: https://dicomcam.github.io/dicomcam/api/summary.html.md"""
 
@@ -10,12 +10,14 @@ __all__ = ['MAX_VALUES', 'MAX_TEXT', 'find_dicoms', 'column_name', 'years', 'hea
 # %% ../nbs/api/09_summary.ipynb #d3d15ff4
 import json, logging, math, os, re, stat, threading, warnings
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 
 from joblib import Parallel, delayed, effective_n_jobs
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from pydicom.datadict import keyword_for_tag
+from pydicom.dataelem import DataElement
+from pydicom.dataset import Dataset
 
 from .files import progress_bar
 from .read import DicomError, MAX_PIXELS, element, is_dicom, read_dicom, transfer_syntax
@@ -24,92 +26,115 @@ from .pixels import level_counts, modality
 from .phi import is_phi
 
 # %% ../nbs/api/09_summary.ipynb #919459e0
-def _looks_dicom(fn):
-    "Is `fn` a regular file that starts as DICOM does, and no DICOMDIR? One that may not be opened counts: the table will say why"
-    try:
-        if not stat.S_ISREG(fn.stat().st_mode): return False
-        with open(fn, 'rb') as f: head = f.read(512)
-    except OSError: return not fn.is_dir()
-    return is_dicom(head) and b'1.2.840.10008.1.3.10' not in head
+_MEDIA_STORAGE_DIRECTORY = b'1.2.840.10008.1.3.10' # what a DICOMDIR is, PS3.6 table A-1
 
+def _looks_dicom(file):
+    "Is it a regular file that starts as DICOM does, and no DICOMDIR? One that cannot be opened counts, and gets a row."
+    try:
+        if not stat.S_ISREG(file.stat().st_mode): return False
+        with open(file, 'rb') as f: head = f.read(512)
+    except OSError: return not file.is_dir()
+    return is_dicom(head) and _MEDIA_STORAGE_DIRECTORY not in head
+
+def _below(folder):
+    "All DICOM files in `folder` and its subfolders: folder by folder, names in order."
+    files = (Path(root)/name for root, _, names in sorted(os.walk(folder)) for name in sorted(names))
+    return [o for o in files if _looks_dicom(o)]
+
+def _listed(dicomdir, records):
+    "The files that the records of a DICOMDIR name, each by the parts of its path."
+    names = [o.get('ReferencedFileID') for o in records]
+    parts = [[o] if isinstance(o, str) else list(o) for o in names if o]
+    inside = [o for o in parts if not any(part in ('..', '') or '/' in part for part in o)]
+    return [dicomdir.parent.joinpath(*o) for o in inside]
+
+# %% ../nbs/api/09_summary.ipynb #efe24d5e
 def find_dicoms(
-    path, # a folder, searched with all its subfolders; a DICOMDIR; or one file
-) -> list: # of `Path`
-    "The DICOM files in a folder, by content rather than by name, sorted; those that a DICOMDIR lists, in its order (PS3.10 section 8)"
+    path:str|Path, # A folder, searched with all its subfolders; a DICOMDIR; or one file
+) -> list[Path]:
+    """The DICOM files in a folder, by content rather than by name, sorted; those that a DICOMDIR lists, in its order
+    (PS3.10 section 8). Raises `DicomError` if there is no such path, or if a file is no DICOM."""
     path = Path(path)
     if not path.exists(): raise DicomError(f'{path}: there is no such file or folder')
-    if path.is_dir():
-        return [fn for root,dirs,names in sorted(os.walk(path)) for fn in (Path(root)/o for o in sorted(names)) if _looks_dicom(fn)]
+    if path.is_dir(): return _below(path)
     ds = read_dicom(path, pixels=False)
-    if 'DirectoryRecordSequence' not in ds: return [path]
-    ids = [o.get('ReferencedFileID') for o in ds.DirectoryRecordSequence]
-    parts = [[o] if isinstance(o, str) else list(o) for o in ids if o]
-    return [path.parent.joinpath(*p) for p in parts if not any(o in ('..','') or '/' in o for o in p)]
+    return _listed(path, ds.DirectoryRecordSequence) if 'DirectoryRecordSequence' in ds else [path]
 
 # %% ../nbs/api/09_summary.ipynb #e472eb15
-_NAMES = {} # of public elements, by tag
+_NAMES: dict = {} # of the public elements that were met, by tag
 
 def _public_name(tag):
+    "The name of the column of a public element, by its number."
     if tag not in _NAMES:
-        kw,group = keyword_for_tag(tag) or f'({tag>>16:04X},{tag&0xffff:04X})', tag>>16
-        _NAMES[tag] = f'{kw} ({group:04X})' if group>>8 in (0x50,0x60) and group&0xff and kw[0] != '(' else kw
+        group, elem = tag>>16, tag&0xffff
+        keyword = keyword_for_tag(tag)
+        repeats = keyword and group>>8 in (0x50, 0x60) and group&0xff
+        name = keyword or f'({group:04X},{elem:04X})'
+        _NAMES[tag] = f'{name} ({group:04X})' if repeats else name
     return _NAMES[tag]
 
 def column_name(
-    elem, # a pydicom `DataElement`
-) -> str: # its keyword; '(gggg,eeee)' if it has none; with the group for repeating groups; '(gggg,xxee) creator' for private ones
-    "A name for the column of an element that no other element shares"
+    elem:DataElement,
+) -> str: # Its keyword; with the group where groups repeat; '(gggg,eeee)' without one; '(gggg,xxee) creator' if private
+    "A name for the column of an element that no other element shares."
     tag = elem.tag
     if not tag>>16 & 1: return _public_name(int(tag))
-    creator = elem.private_creator if tag.element>0xff else None
-    return f'({tag.group:04X},xx{tag.element&0xff:02X}) {creator}' if creator else f'({tag.group:04X},{tag.element:04X})'
+    creator = elem.private_creator if tag.element > 0xff else None
+    if creator: return f'({tag.group:04X},xx{tag.element&0xff:02X}) {creator}'
+    return f'({tag.group:04X},{tag.element:04X})'
 
 # %% ../nbs/api/09_summary.ipynb #5f8ce226
-_UNITS = dict(D=365.25, W=365.25/7, M=12, Y=1)
+_A_YEAR = dict(D=365.25, W=365.25/7, M=12, Y=1) # how many days, weeks, months, years it has
 
 def years(
-    age, # an age string of PS3.5: '067Y', '006M', '02W', '010D'; or, as some files have it, '67'
-) -> float: # nan if it is none of these
-    "An age in years"
+    age:str, # An age as PS3.5 section 6.2 writes it, '067Y', '006M', '02W' or '010D'; or, as some files have it, '67'
+) -> float:  # NaN if it is none of these
+    "An age in years."
     m = re.fullmatch(r'\s*(\d+)\s*([DWMY]?)\s*', str(age).upper())
-    return int(m[1])/_UNITS[m[2] or 'Y'] if m else math.nan
+    return int(m[1])/_A_YEAR[m[2] or 'Y'] if m else math.nan
 
 # %% ../nbs/api/09_summary.ipynb #cb1c77eb
-_INTS,_FLOATS = {'IS','US','SS','UL','SL','UV','SV'}, {'DS','FL','FD'}
+_INTS = {'IS', 'US', 'SS', 'UL', 'SL', 'UV', 'SV'}
+_FLOATS = {'DS', 'FL', 'FD'}
 
 MAX_VALUES = 100 # an element with more values than this gets one column of text
 
 MAX_TEXT = 10_000 # longer text is cut
 
-def _scalar(v, vr):
-    "One value of an element as str, int or float"
-    if v is None or isinstance(v, (bytes,bytearray)): return v if v is None else f'{len(v)} bytes'
-    if vr=='AS': return years(v) if v else None
-    if vr in _INTS: return int(v) if v != '' else None
-    if vr in _FLOATS: return float(v) if v != '' else None
-    v = str(v)[:MAX_TEXT]
-    return v if v.isprintable() else v.replace('\0', '').encode('utf-8', 'replace').decode()
+def _scalar(value, vr):
+    "One value of an element as text, int or float; None if it is empty."
+    if value is None: return None
+    if isinstance(value, (bytes, bytearray)): return f'{len(value)} bytes'
+    if vr == 'AS': return years(value) if value else None
+    if vr in _INTS: return int(value) if value != '' else None
+    if vr in _FLOATS: return float(value) if value != '' else None
+    text = str(value)[:MAX_TEXT]
+    if text.isprintable(): return text
+    return text.replace('\0', '').encode('utf-8', 'replace').decode() # what CSV and Parquet take
 
 def _cells(name, elem, phi):
-    "The columns of one element: fastai's `Multi...` spelling for several values, JSON for a sequence"
-    v,vr = elem.value, elem.VR
-    if vr=='SQ':
-        text = json.dumps([header_row(o, phi)[0] for o in v or []], ensure_ascii=False)
-        return {name: text if len(text)<=MAX_TEXT else f'{len(v)} items'}
-    if isinstance(v, (bytes,str)) or not hasattr(v, '__len__') or elem.VM<=1 and vr=='PN': return {name: _scalar(v, vr)}
-    vs = [_scalar(o, vr) for o in v]
-    if len(vs)>MAX_VALUES: return {f'Multi{name}': 1, name: json.dumps(vs)[:MAX_TEXT]}
-    return {f'Multi{name}': 1} | {f'{name}{i or ""}': o for i,o in enumerate(vs)}
+    "The columns of one element."
+    value, vr = elem.value, elem.VR
+    if vr == 'SQ':
+        text = json.dumps([header_row(o, phi)[0] for o in value or []], ensure_ascii=False)
+        return {name: text if len(text) <= MAX_TEXT else f'{len(value)} items'}
+    if isinstance(value, (bytes, str)) or not hasattr(value, '__len__'): return {name: _scalar(value, vr)}
+    if vr == 'PN' and elem.VM <= 1: return {name: _scalar(value, vr)} # a name has a length: that of its text
+    values = [_scalar(o, vr) for o in value]
+    if len(values) > MAX_VALUES: return {f'Multi{name}': 1, name: json.dumps(values)[:MAX_TEXT]}
+    return {f'Multi{name}': 1} | {f'{name}{i or ""}': o for i, o in enumerate(values)}
 
 # %% ../nbs/api/09_summary.ipynb #e2a95c72
 def header_row(
-    ds, # a pydicom `Dataset`
-    phi:bool=True, # keep what may identify the patient? See `is_phi`
-) -> tuple: # (dict of columns, list of what could not be read)
-    "The elements of a header, pixel data left out, as the cells of a table"
-    row,problems = {}, []
-    for tag,raw in list(ds.items()):
-        if tag>>16==0x7fe0 or not phi and is_phi(tag) and tag!=0x00080018: continue
+    ds:Dataset,
+    phi:bool=True, # Keep what may identify the patient? See `is_phi`
+) -> tuple[dict, list]: # Value of each column; what could not be read, in words
+    """The elements of a header, pixel data left out, as the cells of a table. `SOPInstanceUID` stays with `phi=False`
+    too, since it tells copies of a file; `summarize` takes it out at the end."""
+    row: dict = {}
+    problems = []
+    for tag, raw in list(ds.items()):
+        if tag>>16 == 0x7fe0 or not phi and is_phi(tag) and tag != 0x00080018: continue
         name = None
         try:
             elem = element(ds, tag, raw)
@@ -119,78 +144,99 @@ def header_row(
             name = name or _public_name(int(tag))
             cells = {name: None}
             problems.append(f'{name} cannot be read ({type(e).__name__})')
-        if name in row: cells = {f'{k} ({tag.group:04X},{tag.element:04X})': v for k,v in cells.items()}
+        if name in row: cells = {f'{k} ({tag.group:04X},{tag.element:04X})': v for k, v in cells.items()}
         row |= cells
     return row, problems
 
+# %% ../nbs/api/09_summary.ipynb #af6c3003
+def _spread(values, counts):
+    "(n, mean, sum of squared deviations from it) of `values` that occur `counts` times."
+    n = counts.sum()
+    mean = (values*counts).sum()/n
+    return n, mean, (counts*(values-mean)**2).sum()
+
+def _join(one, other):
+    "The same of two sets of values together (Chan, Golub and LeVeque 1979)."
+    n, mean, squares = one
+    k, other_mean, other_squares = other
+    shift = other_mean-mean
+    return n+k, mean+shift*k/(n+k), squares+(other_squares+shift**2*n*k/(n+k))
+
+def _frame_stats(ds, frame, window, options):
+    "Minimum, maximum, `_spread`, and how many values lie inside the window, of one frame."
+    values, counts = level_counts(decode_frame(ds, frame, options=options))
+    units = modality(values, ds, frame)
+    width, level = window
+    inside = (units > level-width//2) & (units < level+width//2)
+    return values[0].item(), values[-1].item(), _spread(values, counts), counts[inside].sum()
+
 # %% ../nbs/api/09_summary.ipynb #aabe5ebb
 def pixel_stats(
-    ds, # a pydicom `Dataset`
-    window=(80,40), # (width, level) in modality units
-    max_pixels:int=MAX_PIXELS, # refuse frames with more values than this
-) -> dict:
-    """Minimum, maximum, mean, population standard deviation of the stored values of all frames, and the fraction inside `window` after
-    the modality transform. From one histogram a frame; frames are joined by Chan, Golub and LeVeque's formula"""
-    n = mean = m2 = inside = 0
-    lo,hi,(w,l) = math.inf, -math.inf, window
-    o = pixel_options(ds, max_pixels)
-    for i in range(o['number_of_frames']):
-        v,c = level_counts(decode_frame(ds, i, options=o))
-        u = modality(v, ds, i)
-        k,lo,hi = c.sum(), min(lo, v[0].item()), max(hi, v[-1].item())
-        mu = (v*c).sum()/k
-        m2 += (c*(v-mu)**2).sum() + (mu-mean)**2*n*k/(n+k)
-        mean += (mu-mean)*k/(n+k)
-        n += k
-        inside += c[(u>l-w//2) & (u<l+w//2)].sum()
-    return dict(img_min=lo, img_max=hi, img_mean=float(mean), img_std=float((m2/n)**.5), img_pct_window=float(inside/n))
+    ds:Dataset,                # With pixel data
+    window:tuple=(80, 40),     # (width, level) in modality units
+    max_pixels:int=MAX_PIXELS, # Refuse frames with more values than this
+) -> dict: # img_min, img_max, img_mean, img_std, img_pct_window
+    """Minimum, maximum, mean and population standard deviation of the stored values of all frames, and the fraction
+    inside `window` after the modality transform (PS3.3 C.11.1). Raises `DicomError`."""
+    options = pixel_options(ds, max_pixels)
+    frames = [_frame_stats(ds, i, window, options) for i in range(options['number_of_frames'])]
+    lows, highs, spreads, inside = zip(*frames)
+    n, mean, squares = reduce(_join, spreads, (0, 0, 0))
+    return dict(img_min=min(lows), img_max=max(highs), img_mean=float(mean), img_std=float((squares/n)**.5),
+        img_pct_window=float(sum(inside)/n))
 
 # %% ../nbs/api/09_summary.ipynb #9af22038
 class _Warnings(logging.Handler):
-    "Counts what pydicom warns of in the thread that made it: it logs each of its warnings"
+    "Counts what pydicom warns of in the thread that made it: it logs each of its warnings."
     def __init__(self):
         super().__init__(logging.WARNING)
-        self.n,self.thread = 0,threading.get_ident()
-    def emit(self, record): self.n += record.thread==self.thread and record.levelno==logging.WARNING
+        self.n = 0
+        self.thread = threading.get_ident()
+
+    def emit(self, record): self.n += record.thread == self.thread and record.levelno == logging.WARNING
 
 @contextmanager
 def _count_warnings():
-    h,log = _Warnings(), logging.getLogger('pydicom')
-    log.addHandler(h)
+    "Inside: a `_Warnings` that listens, and none of Python's warnings on the screen."
+    counter, log = _Warnings(), logging.getLogger('pydicom')
+    log.addHandler(counter)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            yield h
-    finally: log.removeHandler(h)
+            yield counter
+    finally: log.removeHandler(counter)
 
 # %% ../nbs/api/09_summary.ipynb #3d861973
-def _row(fn, pixels, window, phi, max_pixels):
-    "The row of one file, whatever happens"
-    row,problems = {}, []
+def _row(file, pixels, window, phi, max_pixels):
+    "The row of one file."
+    row, problems = {}, []
     with _count_warnings() as warned:
         try:
-            ds = read_dicom(fn, pixels, max_pixels)
-            row,problems = header_row(ds, phi)
+            ds = read_dicom(file, pixels, max_pixels)
+            row, problems = header_row(ds, phi)
             if ds.cut_off: problems.append(f'the file is cut off in {ds.cut_off}')
             row['transfer_syntax'] = transfer_syntax(ds).name
             if pixels: row |= pixel_stats(ds, window, max_pixels)
-        except Exception as e: problems.append(str(e).removeprefix(f'{fn}: '))
-    return row | dict(fname=str(fn), warnings=warned.n, error='; '.join(problems) or None)
+        except Exception as e: problems.append(str(e).removeprefix(f'{file}: '))
+    return row | dict(fname=str(file), warnings=warned.n, error='; '.join(problems) or None)
 
-def _rows(fns, **kwargs): return [_row(fn, **kwargs) for fn in fns]
+def _rows(files, **kwargs): return [_row(o, **kwargs) for o in files]
 
 # %% ../nbs/api/09_summary.ipynb #ca39f953
-def _one_by_one(job, fns):
-    "The rows of a batch on which a process died: each file in a process of its own, and the one that kills it gets a row that says so"
-    for fn in fns:
-        try: yield from Parallel(n_jobs=2, backend='loky', idle_worker_timeout=10)([delayed(job)([fn])])[0]
-        except TerminatedWorkerError: yield dict(fname=str(fn), warnings=0, error='the decoder crashed on this file')
+_IDLE = 10 # seconds
+
+def _one_by_one(job, files):
+    "The rows of a batch on which a process died: each file in a process of its own. The one that kills gets a row too."
+    for file in files:
+        try: yield from Parallel(n_jobs=2, backend='loky', idle_worker_timeout=_IDLE)([delayed(job)([file])])[0]
+        except TerminatedWorkerError: yield dict(fname=str(file), warnings=0, error='the decoder crashed on this file')
 
 def _batches(job, batches, n_jobs):
-    "Run `job` on each batch in parallel; lists of rows, in order. A process that dies costs one file, not the run"
+    "Run `job` on each batch in parallel; lists of rows, in order. A process that dies costs one file, not the run."
     done = 0
-    while done<len(batches):
-        results = Parallel(n_jobs=n_jobs, return_as='generator', batch_size=1, idle_worker_timeout=10)(delayed(job)(o) for o in batches[done:]) # a spawned process ends when its idle workers have
+    while done < len(batches):
+        parallel = Parallel(n_jobs=n_jobs, return_as='generator', batch_size=1, idle_worker_timeout=_IDLE)
+        results = parallel(delayed(job)(o) for o in batches[done:])
         try:
             for rows in results:
                 yield rows
@@ -201,40 +247,50 @@ def _batches(job, batches, n_jobs):
         finally: results.close()
 
 # %% ../nbs/api/09_summary.ipynb #97f02e0d
-_LAST = ['fname', 'img_min', 'img_max', 'img_mean', 'img_std', 'img_pct_window', 'transfer_syntax', 'warnings', 'duplicate', 'error']
+_PIXEL_COLUMNS = ['img_min', 'img_max', 'img_mean', 'img_std', 'img_pct_window']
 
-def _table(chunks, pixels, phi):
-    "One frame from chunks of rows: header columns first; a column of mixed types becomes text, so that it can be written"
+def _frames(batches):
+    "Data frames of about a thousand rows each, from lists of rows."
     import pandas as pd
-    df = pd.concat(chunks, ignore_index=True) if chunks else pd.DataFrame()
+    rows = []
+    for batch in batches:
+        rows += batch
+        if len(rows) < 1000: continue
+        yield pd.DataFrame(rows)
+        rows = []
+    if rows: yield pd.DataFrame(rows)
+
+def _table(frames, pixels, phi):
+    "One frame: header columns first, then those of `summarize`."
+    import pandas as pd
+    df = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
     uid = df.get('SOPInstanceUID', pd.Series(None, df.index, dtype=object))
-    df = pd.concat([df, (uid.notna() & uid.duplicated(keep=False)).rename('duplicate')], axis=1)
-    last = [o for o in _LAST if pixels or not o.startswith('img_')]
-    df = df.reindex(columns=[o for o in df.columns if o not in last and (phi or o!='SOPInstanceUID')] + last)
-    for c in df.columns[df.dtypes==object]:
-        if pd.api.types.infer_dtype(df[c], skipna=True).startswith('mixed'): df[c] = df[c].map(str, na_action='ignore')
+    duplicate = uid.notna() & uid.duplicated(keep=False)
+    df = pd.concat([df, duplicate.rename('duplicate')], axis=1)
+    last = ['fname', *(_PIXEL_COLUMNS if pixels else []), 'transfer_syntax', 'warnings', 'duplicate', 'error']
+    first = [o for o in df.columns if o not in last and (phi or o != 'SOPInstanceUID')]
+    df = df.reindex(columns=first+last)
+    for o in df.columns[df.dtypes == object]:
+        mixed = pd.api.types.infer_dtype(df[o], skipna=True).startswith('mixed')
+        if mixed: df[o] = df[o].map(str, na_action='ignore')
     return df
 
 # %% ../nbs/api/09_summary.ipynb #d4a208aa
 def summarize(
-    files, # paths; or a folder, or a DICOMDIR: see `find_dicoms`
-    pixels:bool=True, # decode the images for the img_ columns?
-    window:tuple=(80,40), # (width, level) of img_pct_window; the default is fastai's dicom_windows.brain
-    phi:bool=True, # False leaves out what may identify a patient: see `is_phi`
-    n_jobs:int=-1, # processes; -1: one for each core; 1: none but this one
-    progress:bool=True, # show a progress bar, in a notebook or a terminal
-    max_pixels:int=MAX_PIXELS, # refuse frames with more values than this
-): # a pandas `DataFrame`
-    "One row a file, in the order given, whatever happens: header, pixel statistics, and in `error` why a row is incomplete"
-    import pandas as pd
-    files = find_dicoms(files) if isinstance(files, (str,Path)) else list(files)
+    files,                     # Paths; or a folder, or a DICOMDIR: see `find_dicoms`
+    pixels:bool=True,          # Decode the images for the img_ columns?
+    window:tuple=(80, 40),     # (width, level) of img_pct_window; the default is fastai's dicom_windows.brain
+    phi:bool=True,             # False leaves out what may identify a patient: see `is_phi`
+    n_jobs:int=-1,             # Processes; -1: one for each core; 1: none but this one
+    progress:bool=True,        # Show a progress bar, in a notebook or a terminal
+    max_pixels:int=MAX_PIXELS, # Refuse frames with more values than this
+): # A pandas `DataFrame`
+    """One row a file, in the order given, whatever happens: header, pixel statistics, and in `error` why a row is
+    incomplete. `duplicate` tells files of one `SOPInstanceUID`, `warnings` how often pydicom warned of a value."""
+    files = find_dicoms(files) if isinstance(files, (str, Path)) else list(files)
     size = max(1, min(32, len(files)//(4*effective_n_jobs(n_jobs))))
     batches = [files[i:i+size] for i in range(0, len(files), size)]
     job = partial(_rows, pixels=pixels, window=window, phi=phi, max_pixels=max_pixels)
-    results, rows, chunks = _batches(job, batches, n_jobs), [], []
-    for i,batch in enumerate(progress_bar(results, len(batches)) if progress else results):
-        rows += batch
-        if len(rows)>=1000 or i==len(batches)-1:
-            chunks.append(pd.DataFrame(rows))
-            rows = []
-    return _table(chunks, pixels, phi)
+    results = _batches(job, batches, n_jobs)
+    if progress: results = progress_bar(results, len(batches))
+    return _table(list(_frames(results)), pixels, phi)
