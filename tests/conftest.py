@@ -18,6 +18,13 @@ def folder(tmp_path_factory):
     return phantom(tmp_path_factory.mktemp('data')/'phantom', n=30, size=96, seed=1)
 
 @pytest.fixture(scope='session')
+def tiny_learner(folder):
+    "A learner of `folder` at 64 pixels with a tiny network that has learnt nothing; change nothing of it, `make_tiny` makes another"
+    from dicomcam.batches import dicom_dls
+    from tiny import make_tiny
+    return make_tiny(dicom_dls(folder, size=64))
+
+@pytest.fixture(scope='session')
 def xrays():
     "The folder of real X-rays that DICOMCAM_TEST_DATA names"
     d = os.environ.get('DICOMCAM_TEST_DATA')
