@@ -1,4 +1,4 @@
-"""TODO
+"""Results by what the header says, and whether the header alone gives the label away.
 
 Docs: https://dicomcam.github.io/dicomcam/api/subgroups.html.md"""
 
@@ -17,19 +17,23 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
 
 from .summary import summarize
-from .intervals import interval_text, fewest_patients, interval, patient_resamples, roc_area, roc_counts
-from .results import as_predictions, positive_class, positive_scores
+from .labels import has_class
+from .intervals import fewest_patients, interval, interval_text, patient_resamples, roc_area, roc_counts
+from .results import as_predictions, known_table, positive_class, positive_scores
 
 # %% ../nbs/api/20_subgroups.ipynb #bea5292c
 ELEMENTS = 'PatientSex', 'PatientAge', 'ViewPosition', 'Modality', 'Manufacturer'
+_FROM_YEARS = [0, 18, 40, 60, 80, np.inf]
+_AGES = ['0-17', '18-39', '40-59', '60-79', '80+']
 
 def _groups(files, elements):
-    "Header elements of files as text: age in bands, 'unknown' where there is nothing; those that do not vary are left out."
-    h = summarize(files, pixels=False, n_jobs=1, progress=False).reindex(columns=list(elements))
-    if 'PatientAge' in h:
-        h['PatientAge'] = pd.cut(pd.to_numeric(h.PatientAge), [0, 18, 40, 60, 80, np.inf], right=False, labels=['0-17', '18-39', '40-59', '60-79', '80+']).astype(object)
-    h = h.astype(object).where(h.notna(), 'unknown').astype(str)
-    return h[[c for c in h if h[c].nunique() > 1]]
+    "Header elements of files as text, age in bands, 'unknown' where there is nothing; without those that do not vary."
+    header = summarize(files, pixels=False, n_jobs=1, progress=False).reindex(columns=list(elements))
+    if 'PatientAge' in header:
+        years = pd.to_numeric(header.PatientAge)
+        header['PatientAge'] = pd.cut(years, _FROM_YEARS, right=False, labels=_AGES).astype(object)
+    header = header.astype(object).where(header.notna(), 'unknown').astype(str)
+    return header[[o for o in header if header[o].nunique() > 1]]
 
 # %% ../nbs/api/20_subgroups.ipynb #419a1ed7
 def _folds(y, patient, seed):
@@ -48,46 +52,60 @@ def _mean_auc(y, p, weights, folds):
     "Mean over the folds, for each row of `weights`."
     return np.nanmean([roc_area(*roc_counts(y[k], p[k], weights[:, k])) for _, k in folds], axis=0)
 
+# %% ../nbs/api/20_subgroups.ipynb #702f10ec
 def header_auc(
-    table,             # Columns file, label, and group or patient: from `label_table` or `predictions`
-    positive,          # Class that counts as positive
-    elements=ELEMENTS, # DICOM keywords
-    n_resamples=1000,  # Bootstrap resamples
-    seed=42,           # Of the resampling and of the folds
-) -> pd.DataFrame:     # Index: element; columns value, low, high
-    """ROC AUC of the label predicted from one header element: logistic regression, mean over five folds by patient. Warns where it is 0.55 or more and its
-    95 % interval lies above 0.5. Elements that do not vary are left out."""
-    y = table.label.map(lambda o: positive in o if isinstance(o, tuple) else o == positive).to_numpy(bool)
-    patient = table.get('group', table.get('patient')).to_numpy(str)
+    table:pd.DataFrame,   # Columns file, label, and group or patient: from `label_table` or `predictions`
+    positive:str,         # Class that counts as positive
+    elements=ELEMENTS,    # DICOM keywords
+    n_resamples:int=1000, # Bootstrap resamples
+    seed:int=42,          # Of the resampling and of the folds
+) -> pd.DataFrame:        # Index: element; columns value, low, high
+    """ROC AUC of the label predicted from one header element: logistic regression, mean over five folds by patient.
+    Warns where it is 0.55 or more and its 95 % interval lies above 0.5. Elements that do not vary are left out."""
+    y = has_class(table.label, positive).to_numpy(bool)
+    patient = table['group' if 'group' in table else 'patient'].to_numpy(str)
     folds, weights = _folds(y, patient, seed), patient_resamples(patient, n_resamples, seed)
-    rows = {}
     groups = _groups(table.file, elements) if folds else {}
+    rows = {}
     for name, x in groups.items():
         auc = rows[name] = interval(_mean_auc(y, _predicted_from(x, y, folds), weights, folds))
-        if auc['value'] >= .55 and auc['low'] > .5:
-            says = f'{name} alone predicts {positive}: {interval_text("AUC", auc)}.'
-            warnings.warn(f'{says} The network may have learnt that instead; look at the results within each group.', stacklevel=2)
+        if auc['value'] < .55 or auc['low'] <= .5: continue
+        says = f'{name} alone predicts {positive}: {interval_text("AUC", auc)}.'
+        hint = 'The network may have learnt that instead; look at the results within each group.'
+        warnings.warn(f'{says} {hint}', stacklevel=2)
     return pd.DataFrame(rows, index=['value', 'low', 'high']).T
+
+# %% ../nbs/api/20_subgroups.ipynb #f07d41d0
+def _auc(y, p, patient, n_resamples, seed):
+    "ROC AUC of some images, with its interval."
+    weights = patient_resamples(patient, n_resamples, seed)
+    return interval(roc_area(*roc_counts(y, p, weights)), fewest_patients(patient, y, ~y))
 
 # %% ../nbs/api/20_subgroups.ipynb #bdba6693
 def subgroups(
-    learn,             # Learner, or what `predictions` gave
-    items=None,        # As for `predictions`
-    positive=None,     # Class that counts as positive; None: the last of two
-    elements=ELEMENTS, # DICOM keywords
-    n_resamples=1000,  # Bootstrap resamples
-    seed=42,           # Of the resampling
-    table=None,        # Labelled images on which the header alone is tried; None: all that a Learner knows, those for training too, else those above
-) -> pd.DataFrame:     # Index: element, value; columns images, patients, positives, rate, auc, low, high, header_auc
-    "Results by what the header has, with 95 % intervals, AUC NaN where there is one class only; and how well the element alone predicts the label (`header_auc`)."
+    learn,                   # Learner, or what `predictions` gave
+    items=None,              # As for `predictions`
+    positive:str=None,       # Class that counts as positive; None: the last of two
+    elements=ELEMENTS,       # DICOM keywords
+    n_resamples:int=1000,    # Bootstrap resamples
+    seed:int=42,             # Of the resampling
+    table:pd.DataFrame=None, # Labelled images on which the header alone is tried; None: all that a Learner knows, those
+                             # for training too; where `items` are given, or predictions, these
+) -> pd.DataFrame:           # Index: element, value; columns images, patients, positives, rate, auc, low, high,
+                             # header_auc
+    """Results by what the header has, with 95 % intervals, AUC NaN where there is one class only; and how well the
+    element alone predicts the label (`header_auc`). Raises ValueError as `positive_class` does."""
     df = as_predictions(learn, items)
     p, y, patient = positive_scores(df, positive=positive)
-    if table is None: table = df if items is not None or isinstance(learn, pd.DataFrame) else getattr(learn.dls, 'table', df)
-    alone, rows = header_auc(table, positive_class(df, positive), elements, n_resamples, seed), []
-    for name, x in _groups(df.file, elements).items():
-        for value in sorted(set(x)):
-            k = (x == value).to_numpy()
-            auc = interval(roc_area(*roc_counts(y[k], p[k], patient_resamples(patient[k], n_resamples, seed))), fewest_patients(patient[k], y[k], ~y[k]))
-            rows.append((name, value, k.sum(), len(set(patient[k])), y[k].sum(), y[k].mean(), *auc.values(), alone.value.get(name, np.nan)))
+    if table is None and items is None and df is not learn: table = known_table(learn)
+    if table is None: table = df
+    alone = header_auc(table, positive_class(df, positive), elements, n_resamples, seed).value
+    rows = []
+    for name, values in _groups(df.file, elements).items():
+        for value in sorted(set(values)):
+            k = (values == value).to_numpy()
+            auc = _auc(y[k], p[k], patient[k], n_resamples, seed)
+            counts = k.sum(), len(set(patient[k])), y[k].sum(), y[k].mean()
+            rows.append((name, value, *counts, *auc.values(), alone.get(name, np.nan)))
     cols = ['element', 'value', 'images', 'patients', 'positives', 'rate', 'auc', 'low', 'high', 'header_auc']
     return pd.DataFrame(rows, columns=cols).set_index(['element', 'value'])
