@@ -1,4 +1,4 @@
-"""CAM needs a special head and shows the last layer only. Ask autograd for the weights instead, and you get a heatmap of any layer, for any class, of any convolutional network.
+"""Ask autograd for the weights of CAM: a heatmap of any layer, for any class, of any convolutional network.
 
 Docs: https://dicomcam.github.io/dicomcam/gradcam.html.md"""
 
@@ -8,16 +8,20 @@ Docs: https://dicomcam.github.io/dicomcam/gradcam.html.md"""
 __all__ = ['METHODS', 'cam_method']
 
 # %% ../nbs/06_gradcam.ipynb #7663dfe9
+from collections.abc import Callable
+
 import torch
 
 # %% ../nbs/06_gradcam.ipynb #8d261bb8
 METHODS = {} # name -> (function, whether it uses the gradient)
 
 def cam_method(
-    name,      # What to call it
-    grad=True, # Does it use the gradient?
-):
-    "Decorator: puts a function of activation and gradient, both (n, c, h, w), to a raw map (n, h, w) into `METHODS`."
+    name:str,       # What to call it
+    grad:bool=True, # Does it use the gradient?
+) -> Callable:      # Decorator
+    """Put a function into `METHODS`.
+
+    It gets activation and gradient, both (n, c, h, w), and returns a raw map (n, h, w)."""
     def put(f):
         METHODS[name] = f, grad
         return f
@@ -36,8 +40,10 @@ def _ratio(a, b): return torch.where(b == 0, 0., a/torch.where(b == 0, 1., b))
 
 @cam_method('gradcam++')
 def _gradcam_pp(a, g):
-    "sum_c w_c a_c, w_c = sum_ij alpha relu(g), alpha = g^2 / (2 g^2 + g^3 sum_ij a) (Chattopadhay et al. 2018, eq. 10 and 19, up to exp(score))"
-    return _weighted((_ratio(g**2, 2*g**2 + g**3*a.sum((2, 3), keepdim=True))*g.relu()).sum((2, 3)), a)
+    """sum_c w_c a_c, w_c = sum_ij alpha relu(g), alpha = g^2 / (2 g^2 + g^3 sum_ij a)
+    (Chattopadhay et al. 2018, eq. 10 and 19, up to exp(score))"""
+    alpha = _ratio(g**2, 2*g**2 + g**3*a.sum((2, 3), keepdim=True))
+    return _weighted((alpha*g.relu()).sum((2, 3)), a)
 
 # %% ../nbs/06_gradcam.ipynb #0fbca3a8
 @cam_method('xgradcam')
@@ -51,6 +57,7 @@ def _hirescam(a, g):
     "sum_c g a (Draelos and Carin 2020)"
     return (g*a).sum(1)
 
+# %% ../nbs/06_gradcam.ipynb #5426378a
 @cam_method('layercam')
 def _layercam(a, g):
     "sum_c relu(g) a (Jiang et al. 2021, eq. 5 and 6)"
@@ -59,7 +66,8 @@ def _layercam(a, g):
 # %% ../nbs/06_gradcam.ipynb #6f2ff0c9
 @cam_method('eigencam', grad=False)
 def _eigencam(a, g):
-    "u_1^T a, u_1 the first left singular vector of a (c, hw), its sign such that the map's sum is positive (Muhammad and Yeasin 2020)"
+    """u_1^T a, u_1 the first left singular vector of a (c, hw), its sign such that the map's sum is positive
+    (Muhammad and Yeasin 2020)"""
     _, s, v = torch.linalg.svd(a.flatten(2), full_matrices=False)
     m = (s[:, :1]*v[:, 0]).unflatten(1, a.shape[2:])
     return torch.where(m.sum((1, 2), keepdim=True) < 0, -m, m)
