@@ -2,16 +2,17 @@
 import random
 
 import numpy as np, pytest, torch
-from fastai.vision.all import (CategoryBlock, CrossEntropyLossFlat, DataBlock, ImageBlock, Learner, Mish, Normalize, PILImageBW, Resize,
-                               create_vision_model, xresnet18, xresnet50)
+from fastai.vision.all import (CategoryBlock, CropPad, CrossEntropyLossFlat, DataBlock, ImageBlock, Learner, Mish, Normalize, PILImageBW,
+                               RandomResizedCrop, RatioResize, Resize, create_vision_model, xresnet18, xresnet50)
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+from tiny import TinyNet
 from torchvision.models import densenet121, resnet18
 
 from dicomcam.cam import cam
-from dicomcam.explain import as_found, outputs_of
-from dicomcam.heatmaps import Heatmaps, _seen_box
+from dicomcam.explain import as_found, outputs_of, view_of
+from dicomcam.heatmaps import Heatmaps
 from dicomcam.layers import layer_name
 from dicomcam.maps import positive, to_unit, upsample
 from dicomcam.gradcam import gradcam
@@ -100,12 +101,12 @@ def test_to_unit_takes_each_map_by_itself():
 
 # the way back
 
-def learner(files, size, method, norm=False, **kw):
+def learner(files, size, method, norm=False, tfm=None):
+    "A fastai Learner that is not of `dicom_dls`"
     tfms = [Normalize.from_stats([.3], [.2], cuda=False)] if norm else []
-    dls = DataBlock((ImageBlock(PILImageBW), CategoryBlock), get_y=lambda o: o.stem[-1], item_tfms=Resize(size, method=method), batch_tfms=tfms,
-                    splitter=lambda o: ([0, 1], [0, 1])).dataloaders(files, bs=2, num_workers=0)
-    torch.manual_seed(0)
-    return Learner(dls, lively(xresnet18(c_in=1, n_out=2)), loss_func=CrossEntropyLossFlat(), **kw)
+    dls = DataBlock((ImageBlock(PILImageBW), CategoryBlock), get_y=lambda o: o.stem[-1], item_tfms=tfm or Resize(size, method=method),
+                    batch_tfms=tfms, splitter=lambda o: ([0, 1], [0, 1])).dataloaders(files, bs=2, num_workers=0)
+    return Learner(dls, TinyNet(), loss_func=CrossEntropyLossFlat())
 
 def marked(path, rows, cols, y, x):
     a = np.zeros((rows, cols), np.uint8)
@@ -122,19 +123,24 @@ def test_native_undoes_resize(tmp_path, method, rows, cols, size):
     a = marked(tmp_path/'a.png', rows, cols, y, x); marked(tmp_path/'b.png', rows, cols, y, x)
     learn = learner([tmp_path/'a.png', tmp_path/'b.png'], size, method)
     xb, = learn.dls.test_dl([tmp_path/'a.png']).one_batch()
-    h = Heatmaps([xb[:, :1]], xb, torch.tensor([[1.]]), ['a'], ['in'], 'input', [tmp_path/'a.png'], learn.dls.valid.after_item.fs)
+    h = Heatmaps([xb[:, :1]], xb, torch.tensor([[1.]]), ['a'], ['in'], 'input', [tmp_path/'a.png'], view_of(learn.dls))
     m = h.native(0).numpy()
     assert m.shape == (rows, cols)
     ys, xs = np.mgrid[:rows, :cols]
     assert abs((m*ys).sum()/m.sum() - (y-.5)) < 1 and abs((m*xs).sum()/m.sum() - (x-.5)) < 1
     _, _, _, (bx, by, bw, bh) = h.where(0)
     assert abs(m.sum()/(a/255).sum() - 1) < .05 and np.abs(m-a/255).mean() < .02
-    if method == 'crop': assert m[:max(by, 0)].sum() == 0 and m[:, :max(bx, 0)].sum() == 0
+    if method == 'crop': assert m[:max(int(by), 0)].sum() == 0 and m[:, :max(int(bx), 0)].sum() == 0
     else: assert bx <= 0 and by <= 0 and bx+bw >= cols-1 and by+bh >= rows-1
 
-def test_native_says_what_it_cannot_undo():
-    from fastai.vision.all import RandomResizedCrop
-    with pytest.raises(ValueError, match='RandomResizedCrop'): _seen_box([RandomResizedCrop(96)], 100, 100)
+def test_native_says_what_it_cannot_undo(tmp_path):
+    files = [tmp_path/'a.png', tmp_path/'b.png']
+    for o in files: marked(o, 100, 100, 50, 50)
+    for tfm in (RandomResizedCrop(96), [CropPad(96), Resize(96)], RatioResize(96)):
+        h = cam(learner(files, 96, 'crop', tfm=tfm), files)
+        assert len(h) == 2
+        with pytest.raises(ValueError, match="is among the item transforms: .* through fastai's Resize only"): h.native(0)
+    with pytest.raises(ValueError, match='^CropPad'): cam(learner(files, 96, 'crop', tfm=CropPad(96)), files).where(0)
 
 def test_boxes_in_pixels_and_millimetres(tmp_path):
     import pydicom
