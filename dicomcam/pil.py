@@ -1,4 +1,4 @@
-"""TODO
+"""fastai's image type for DICOM files: all bits of an image reach the batch.
 
 Docs: https://dicomcam.github.io/dicomcam/api/pil.html.md"""
 
@@ -18,27 +18,29 @@ from .pixels import dicom_pixels
 
 # %% ../nbs/api/04_pil.ipynb #7048efde
 class TensorDicom(TensorImage):
-    "A batch or an image of float pixels in [0,1]: (n,c,h,w) or (c,h,w)"
+    "A batch or an image of float pixels in [0, 1]: (n, c, h, w) or (c, h, w)."
     _show_args = dict(cmap='gray', vmin=0, vmax=1)
 
 # %% ../nbs/api/04_pil.ipynb #d604f2a2
 class PILDicom(PILBase):
-    "fastai's image type for DICOM files, with the pixels of `dicom_pixels`: grey in full bit depth (mode 'F', [0,1]), colour as RGB"
-    _tensor_cls,_show_args,_open_args = TensorDicom, TensorDicom._show_args, {}
+    "fastai's image type for DICOM files: grey in full bit depth (mode 'F', in [0, 1]), colour as 8-bit RGB."
+    _tensor_cls = TensorDicom
+    _show_args = TensorDicom._show_args
+    _open_args: dict = {}
 
     @classmethod
     def create(cls,
-        fn, # path, bytes, pydicom `Dataset`, array (integers over their type's range, floats in [0,1]) or PIL image
+        fn,        # Path, bytes, `Dataset`, PIL image, or array (integers over their type's range, floats in [0, 1])
         mode=None, # 'F' or 'RGB' for images all of one kind; None: as the file is
-        **kwargs, # `frame`, `window`, `size`, `max_pixels` of `dicom_pixels`
-    ):
-        "Open a DICOM image"
+        **kwargs   # `frame`, `window`, `size`, `max_pixels` of `dicom_pixels`
+    ):             # `PILDicom`
+        "Open a DICOM image, with the pixels of `dicom_pixels`. Raises `DicomError`."
         if isinstance(fn, Image.Image): return cls(fn.convert(mode) if mode else fn)
-        if isinstance(fn, np.ndarray): x = fn/np.iinfo(fn.dtype).max if fn.dtype.kind in 'iu' else fn
-        else: x = dicom_pixels(fn, **kwargs)
-        if x.ndim==2 and mode=='RGB': x = np.repeat(x[...,None], 3, -1)
-        if x.ndim==3 and mode=='F': x = x @ np.float32([.299, .587, .114])
-        return cls(Image.fromarray(np.float32(x) if x.ndim==2 else np.uint8(np.round(x*255))))
+        if not isinstance(fn, np.ndarray): x = dicom_pixels(fn, **kwargs)
+        else: x = fn/np.iinfo(fn.dtype).max if fn.dtype.kind in 'iu' else fn
+        if x.ndim == 2 and mode == 'RGB': x = np.repeat(x[..., None], 3, -1)
+        if x.ndim == 3 and mode == 'F': x = x @ np.float32([.299, .587, .114])
+        return cls(Image.fromarray(np.float32(x) if x.ndim == 2 else np.uint8(np.round(x*255))))
 
 # %% ../nbs/api/04_pil.ipynb #f02dcbe9
 @ToTensor
