@@ -1,4 +1,4 @@
-"""A classifier says "pneumothorax, 0.94". With a dozen lines of PyTorch you make it show which part of the X-ray that number came from, for every class at once, and lay the answer over the original image.
+"""A dozen lines of PyTorch show which part of the X-ray a score came from, for every class at once.
 
 Docs: https://dicomcam.github.io/dicomcam/cam.html.md"""
 
@@ -13,20 +13,27 @@ from torch.nn import functional as F
 
 # %% ../nbs/05_cam.ipynb #ce740e6f
 def upsample(
-    maps, # Raw maps, (..., h, w)
-    size, # (rows, columns) wanted
-):        # float32, (..., rows, columns)
+    maps:torch.Tensor, # Raw maps, (..., h, w)
+    size:tuple,        # (rows, columns) wanted
+) -> torch.Tensor:     # float32, (..., rows, columns)
     "`maps` at `size`, bilinear, `align_corners=False`."
-    return F.interpolate(maps.float().reshape(1, -1, *maps.shape[-2:]), size, mode='bilinear', align_corners=False).reshape(*maps.shape[:-2], *size)
+    *others, h, w = maps.shape
+    one_batch = maps.float().reshape(1, -1, h, w)
+    new = F.interpolate(one_batch, size, mode='bilinear', align_corners=False)
+    return new.reshape(*others, *size)
 
 # %% ../nbs/05_cam.ipynb #9855e61d
-def positive(maps):
+def positive(
+    maps:torch.Tensor, # Raw maps, of any shape
+) -> torch.Tensor:     # Of the same shape, nothing below 0
     "What speaks for the class: the ReLU of Grad-CAM (Selvaraju et al. 2017, eq. 2)."
     return maps.clamp(min=0)
 
 # %% ../nbs/05_cam.ipynb #7550c926
-def to_unit(maps):
-    "Each map stretched to [0, 1] for display, in float32; a map that is constant up to rounding becomes zeros."
+def to_unit(
+    maps:torch.Tensor, # (..., h, w)
+) -> torch.Tensor:     # float32, (..., h, w), each map in [0, 1]
+    "Each map stretched to [0, 1] for display; a map that is constant up to rounding becomes zeros."
     m = maps.float()
     lo, hi = m.amin((-2, -1), keepdim=True), m.amax((-2, -1), keepdim=True)
     flat = hi-lo <= 1e-5*torch.maximum(lo.abs(), hi.abs())
