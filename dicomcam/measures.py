@@ -1,4 +1,4 @@
-"""A heatmap always shows something, and most look convincing. Here each method and each layer is put to the test: against the lesion's true outline, against maps that know nothing of the model, against the model's own score, against a model whose weights were shuffled away, and on films where a word gives the answer away.
+"""A heatmap always shows something. Here each is put to the test: against the lesion, chance and the model.
 
 Docs: https://dicomcam.github.io/dicomcam/trust.html.md"""
 
@@ -11,21 +11,37 @@ __all__ = ['MEASURES']
 import numpy as np
 from scipy import ndimage
 
+# %% ../nbs/07_trust.ipynb #61430632
+def _pointing(heat, mask, grown, at):
+    "Share of the brightest pixels that lie in the grown lesion (Zhang et al. 2018)."
+    return grown[heat == heat.max()].mean()
+
+# %% ../nbs/07_trust.ipynb #ea17c098
+def _mass(heat, mask, grown, at):
+    "sum of heat in the lesion / sum of heat"
+    return heat[mask].sum()/heat.sum() if heat.any() else 0.
+
 # %% ../nbs/07_trust.ipynb #5dcf57c8
-def _pointing(heat, mask, grown, at): return grown[heat == heat.max()].mean()
+def _iou(heat, mask, grown, at):
+    "|bright and lesion| / |bright or lesion|"
+    bright = heat >= at
+    return (bright & mask).sum()/(bright | mask).sum()
 
-def _mass(heat, mask, grown, at): return heat[mask].sum()/heat.sum() if heat.any() else 0.
-
-def _iou(heat, mask, grown, at): return ((heat >= at) & mask).sum()/((heat >= at) | mask).sum()
-
+# %% ../nbs/07_trust.ipynb #d12b71b0
 def _best_iou(heat, mask, grown, at, steps=50):
+    "max over t of |heat >= t and lesion| / |heat >= t or lesion|, t = 0, 1/steps, ..., 1"
     level = (heat*steps).astype(int)
-    above, inside = (np.bincount(o, minlength=steps+1)[::-1].cumsum() for o in (level.ravel(), level[mask]))
-    return (inside/(above-inside+mask.sum())).max()
+    def above(levels): return np.bincount(levels, minlength=steps+1)[::-1].cumsum()
+    bright, inside = above(level.ravel()), above(level[mask])
+    return (inside/(bright-inside+mask.sum())).max()
 
+# %% ../nbs/07_trust.ipynb #643b4427
 def _iobb(heat, mask, grown, at):
+    "Share of the box around the brightest region that is lesion (Wang et al. 2017, ChestX-ray8)."
     if not heat.any(): return 0.
-    regions = ndimage.label(heat >= at)[0]
-    return mask[ndimage.find_objects(regions)[regions.flat[heat.argmax()]-1]].mean()
+    regions, _ = ndimage.label(heat >= at)
+    brightest = regions.flat[heat.argmax()]
+    box = ndimage.find_objects(regions)[brightest-1]
+    return mask[box].mean()
 
 MEASURES = dict(pointing=_pointing, mass=_mass, iou=_iou, best_iou=_best_iou, iobb=_iobb)
