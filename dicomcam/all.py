@@ -34,6 +34,7 @@ from dicomcam.measures import *
 from dicomcam.localize import *
 from dicomcam.faithful import *
 from dicomcam.objects import *
+from dicomcam.pictures import *
 from dicomcam.report import *
 from dicomcam.folder import *
 from dicomcam.demo import *

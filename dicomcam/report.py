@@ -195,8 +195,8 @@ def report(
     side:int=512,              # Longest side of the images in the gallery, pixels
     progress:bool=False,       # Show a bar with the time left?
 ) -> Path:                     # `fn`
-    """One HTML file that needs nothing else: data, split, metrics with intervals, subgroups with warnings, and a gallery
-    of cases with heatmaps. Written whole or not at all. Raises ValueError as `evaluate` and `gradcam` do."""
+    """One HTML file that needs nothing else: data, split, metrics with intervals, subgroups with warnings, and a
+    gallery of cases with heatmaps. Written whole or not at all. Raises ValueError as `evaluate` and `gradcam` do."""
     df = predictions(learn, items, progress)
     vocab = prediction_classes(df)
     positives = positive_classes(vocab, is_multi(df.label), positive)

@@ -16,6 +16,7 @@ import dicomcam.objects as objects, dicomcam.report as report_
 from dicomcam import __version__
 from dicomcam.results import evaluate, predictions
 from dicomcam.cam import Heatmaps, positive, to_unit
+from dicomcam.pictures import heat_uri, outline_path
 from dicomcam.share import overlay, report, save_sc, save_seg
 from dicomcam.summary import is_phi
 from dicomcam.train import label_table, load_model, save_model, train_learner
@@ -234,10 +235,10 @@ def test_report_of_several_labels(labelled, folder, tmp_path):
     assert 'a: positive from' in t and 'b: positive from' in t and 'Label a, b.' in t and 'Label none.' in t
 
 def test_layers_of_any_network(learn, folder):
-    assert report_._layers(learn, label_table(folder).file[0]) == ['5', '6', '7']
+    assert report_._stages(learn, label_table(folder).file[0]) == ['5', '6', '7']
     net = xresnet18(n_out=2)
     learn = Learner(learn.dls, nn.Sequential(OrderedDict(grey=nn.Conv2d(1, 3, 1), body=net)), loss_func=learn.loss_func)
-    assert report_._layers(learn, label_table(folder).file[0]) == ['body.5', 'body.6', 'body.7']
+    assert report_._stages(learn, label_table(folder).file[0]) == ['body.5', 'body.6', 'body.7']
 
 def test_small_enough(xrays, tmp_path):
     learn = train_learner(xrays, fit=False, arch='xresnet18', size=128, bs=8)
@@ -249,14 +250,14 @@ def test_heatmap_as_png_is_the_map():
     "Also where the image is not square: the same edges, brightness as opacity"
     torch.manual_seed(0)
     h = Heatmaps([torch.rand(1, 1, 3, 5)], torch.rand(1, 1, 150, 300), torch.ones(1, 1), ['a'], ['x'], 'cam')
-    im = np.array(Image.open(BytesIO(base64.b64decode(report_._heat_uri(h, 0, 0, 'x').split(',')[1]))).convert('RGBA'))
+    im = np.array(Image.open(BytesIO(base64.b64decode(heat_uri(h.heat(0, 0, 'x')).split(',')[1]))).convert('RGBA'))
     want = cv2.resize(to_np(to_unit(h.native(0))), (128, 64), interpolation=cv2.INTER_AREA)
     assert im.shape == (64, 128, 4) and np.abs(im[..., 3]/255-want).max() < 1/63
 
 def test_outline_goes_around_the_pixels():
     m = np.zeros((10, 20), bool)
     m[2:5, 4:9] = m[9, 19] = True
-    xy = np.array([[float(v) for v in o.split(',')] for o in re.findall(r'[\d.-]+,[\d.-]+', report_._outline(m))])
+    xy = np.array([[float(v) for v in o.split(',')] for o in re.findall(r'[\d.-]+,[\d.-]+', outline_path(m))])
     assert xy.min(0).tolist() == [4, 2] and xy.max(0).tolist() == [20, 10]
 
 def test_template_is_shipped(tmp_path):
