@@ -8,9 +8,13 @@ from scipy.stats import beta, bootstrap
 from sklearn import metrics as sk
 from sklearn.calibration import calibration_curve
 
-from dicomcam.interpret import (choose_threshold, evaluate, header_auc, plot_calibration, plot_confusion, plot_pr, plot_roc, plot_scores, plot_subgroups,
-                                plot_top_losses, positive_scores, predictions, subgroups)
-from dicomcam.train import dicom_dls, dicom_learner, label_table, load_model, save_model, train_learner
+from dicomcam.gradcam import gradcam
+from dicomcam.intervals import average_precision, interval_text, patient_resamples, roc_area, roc_counts
+from dicomcam.interpret import (choose_threshold, evaluate, header_auc, plot_calibration, plot_confusion, plot_pr, plot_roc, plot_scores,
+                                plot_subgroups, plot_top_losses, positive_scores, predictions, subgroups)
+from dicomcam.results import known_table, prediction_classes
+from dicomcam.train import dicom_dls, dicom_learner, label_table, load_model, save_model
+from tiny import make_tiny
 
 @pytest.fixture(autouse=True)
 def close_figures():
@@ -29,21 +33,19 @@ def scores():
     y = rng.random(120) < 0.4
     return np.clip(0.3*y+rng.random(120)*0.8, 0, 1).round(2), y # rounded: with ties
 
-@pytest.fixture(scope='module')
-def learn(folder):
-    learn = train_learner(folder, arch='xresnet18', size=32, epochs=1, bs=8, lr=1e-3)
-    return learn
+@pytest.fixture
+def learn(tiny_learner): return tiny_learner
 
 def two_labels(folder):
     "A learner whose images may have several labels"
     df = pd.read_csv(folder/'labels.csv')
     df['side'] = [['left', 'right', 'left|right', ''][i%4] for i in range(len(df))]
-    return dicom_learner(dicom_dls(folder, df, size=32, label_col='side', label_delim='|'), 'xresnet18')
+    return make_tiny(dicom_dls(folder, df, size=32, label_col='side', label_delim='|'))
 
 def three_classes(folder):
     df = pd.read_csv(folder/'labels.csv')
     df['label'] = [f'c{i%3}' for i in range(len(df))]
-    return dicom_learner(dicom_dls(folder, df, size=32), 'xresnet18')
+    return make_tiny(dicom_dls(folder, df, size=32))
 
 # figures
 
@@ -62,7 +64,6 @@ def test_values_are_scikit_learns(scores):
 @pytest.mark.parametrize('seed', range(3))
 def test_weighted_curves_are_scikit_learns(seed):
     "Also with ties, and with images that do not count"
-    from dicomcam.intervals import average_precision, patient_resamples, roc_area, roc_counts
     rng = np.random.default_rng(seed)
     y, p = rng.random(40) < .5, rng.integers(0, 6, 40)/5
     w = patient_resamples(rng.integers(0, 25, 40), 50, seed)
@@ -107,6 +108,9 @@ def test_nothing_wrong_is_not_certain():
     r = evaluate(frame(np.where(y, .1, .2), y, np.repeat(np.arange(20), 2))) # nobody found, images in pairs
     assert r['sensitivity']['low'] == 0 and r['sensitivity']['high'] == pytest.approx(1-beta.ppf(.025, 7, 1))
     assert np.isnan(r['ppv']['value']) # no alarm, no share of right ones
+
+def test_interval_as_text():
+    assert interval_text('AUC', dict(value=.756, low=.6, high=float('nan'))) == 'AUC 0.76 (0.60 to ?)'
 
 def test_one_class_has_no_auc():
     with warnings.catch_warnings():
@@ -156,8 +160,9 @@ def test_threshold_needs_two_patients_of_either_class():
 
 # what goes in
 
-def test_predictions_from_every_source(learn, folder, tmp_path):
-    df, table = predictions(learn), learn.dls.setup.table
+def test_predictions_from_every_source(learn):
+    df, table = predictions(learn), known_table(learn)
+    assert prediction_classes(df) == list(learn.dls.vocab)
     assert list(df.columns) == ['file', 'label', 'patient', 'loss', *learn.dls.vocab] and len(df) == table.is_valid.sum()
     known = table.set_index('file')
     assert df.label.tolist() == known.label[df.file].tolist() and df.patient.tolist() == known.group[df.file].tolist()
@@ -169,12 +174,17 @@ def test_predictions_from_every_source(learn, folder, tmp_path):
     assert blind.label.isna().all() and blind.loss.isna().all() and blind.patient.tolist() == df.patient.tolist()
     pd.testing.assert_frame_equal(blind[list(learn.dls.vocab)], df[list(learn.dls.vocab)])
     assert len(predictions(learn, str(df.file[0]))) == 1
-    loaded = load_model(save_model(learn, tmp_path/'m.safetensors'))
-    pd.testing.assert_frame_equal(predictions(loaded, label_table(folder).iloc[:4])[list(learn.dls.vocab)], predictions(learn, label_table(folder).iloc[:4])[list(learn.dls.vocab)])
-    with pytest.raises(ValueError, match='no validation set'): predictions(loaded)
     with pytest.raises(ValueError, match='label of .*unknown'): evaluate(blind)
     with pytest.raises(ValueError, match="'x' is none of the classes"): predictions(learn, table.assign(label='x'))
     with pytest.raises(ValueError, match="No class 'x'"): evaluate(df, positive='x')
+
+def test_predictions_of_a_loaded_model(folder, tmp_path):
+    learn = dicom_learner(dicom_dls(folder, size=32), 'xresnet18')
+    loaded = load_model(save_model(learn, tmp_path/'m.safetensors'))
+    table = label_table(folder).iloc[:4]
+    pd.testing.assert_frame_equal(predictions(loaded, table), predictions(learn, table))
+    assert known_table(loaded) is None
+    with pytest.raises(ValueError, match='no validation set'): predictions(loaded)
 
 def test_evaluate_takes_learner_and_frame(learn):
     r = evaluate(learn)
@@ -284,7 +294,6 @@ def test_interpretation_draws_what_the_network_saw(learn):
     assert interp.most_confused() or (np.diag(want) == want.sum(1)).all()
 
 def test_top_losses_with_their_heatmaps(learn):
-    from dicomcam.gradcam import gradcam
     df = predictions(learn).nlargest(3, 'loss')
     asked = []
     def explain(learn, files):
