@@ -1,5 +1,6 @@
 "CAM, `Heatmaps` and the engine below them: exact maps, the way back to the original, a model left as it was found"
 import random
+from types import SimpleNamespace
 
 import numpy as np, pytest, torch
 from fastai.vision.all import (CategoryBlock, CropPad, CrossEntropyLossFlat, DataBlock, ImageBlock, Learner, Mish, Normalize, PILImageBW,
@@ -13,7 +14,7 @@ from torchvision.models import densenet121, resnet18
 from dicomcam.cam import cam
 from dicomcam.explain import as_found, outputs_of, view_of
 from dicomcam.heatmaps import Heatmaps
-from dicomcam.layers import layer_name
+from dicomcam.layers import fine_stage, first_fine, last_stages, layer_name
 from dicomcam.maps import positive, to_unit, upsample
 from dicomcam.gradcam import gradcam
 
@@ -142,6 +143,16 @@ def test_native_says_what_it_cannot_undo(tmp_path):
         with pytest.raises(ValueError, match="is among the item transforms: .* through fastai's Resize only"): h.native(0)
     with pytest.raises(ValueError, match='^CropPad'): cam(learner(files, 96, 'crop', tfm=CropPad(96)), files).where(0)
 
+def test_heat_is_what_a_picture_shows(tmp_path):
+    marked(tmp_path/'a.png', 300, 200, 150, 100); marked(tmp_path/'b.png', 300, 200, 150, 100)
+    h = cam(learner([tmp_path/'a.png', tmp_path/'b.png'], 96, 'pad'), tmp_path/'a.png')
+    for native, m in ((True, h.native(0, 'b')), (False, h.maps[0, 1, 0])):
+        heat = h.heat(0, 'b', native=native)
+        assert heat.dtype == np.float32 and np.array_equal(heat, to_unit(positive(m)).numpy())
+        ax = h.show(0, 'b', native=native).axes[1]
+        assert np.array_equal(np.asarray(ax.images[1].get_array()), heat)
+    assert h.heat(0).shape == (300, 200)
+
 def test_boxes_in_pixels_and_millimetres(tmp_path):
     import pydicom
     ds = pydicom.Dataset()
@@ -203,6 +214,22 @@ def test_classes_and_layers_that_are_not_there():
     with pytest.raises(ValueError, match='children'): layer_name(net, -11)
     with pytest.raises(ValueError, match='No layer Conv2d'): layer_name(net, nn.Conv2d(1, 1, 1))
     assert [layer_name(net, o) for o in (-3, net.layer4, 'layer4')] == ['layer4']*3
+
+def test_stages_that_a_report_offers():
+    assert last_stages(xresnet18(), '7') == ['5', '6', '7'] and last_stages(TinyNet(), '7', n=2) == ['6', '7']
+    assert last_stages(nn.Sequential(TinyNet()), '0.7') == ['0.5', '0.6', '0.7']
+    assert last_stages(resnet18(), 'layer4') == ['layer2', 'layer3', 'layer4']
+    assert last_stages(nn.Sequential(nn.Conv2d(1, 1, 3)), '0') == ['0']
+
+@pytest.mark.parametrize('sizes,first', [([40, 20, 10], 'b'), ([40, 20, 16], 'c'), ([8, 4, 2], 'a'), ([15, 16, 15], 'b')])
+def test_first_fine_layer(sizes, first): assert first_fine('abc', sizes) == first
+
+@pytest.mark.parametrize('size,stage', [(64, -8), (127, -8), (128, -7), (256, -6), (400, -6), (511, -6), (512, -5), (1024, -5)])
+def test_fine_stage_of_an_xresnet(size, stage):
+    learn = SimpleNamespace(network=SimpleNamespace(arch='xresnet50'), dls=SimpleNamespace(setup=SimpleNamespace(size=size)))
+    assert fine_stage(learn) == stage
+    learn.network.arch = 'resnet18'
+    assert fine_stage(learn) is None
 
 class Pair(nn.Module):
     def __init__(self): super().__init__(); self.net = resnet18(num_classes=2)

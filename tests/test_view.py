@@ -1,6 +1,11 @@
 "An image on its way to the network's input, and a map of that input on its way back"
-import cv2, numpy as np, pytest, torch
+import cv2, numpy as np, pandas as pd, pydicom, pytest, torch
+from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
+from tiny import make_tiny
 
+from dicomcam.batches import dicom_dls
+from dicomcam.cam import cam
+from dicomcam.heatmaps import Heatmaps
 from dicomcam.maps import upsample
 from dicomcam.pixels import dicom_pixels
 from dicomcam.view import Placement, View, fit_image
@@ -117,3 +122,31 @@ def test_a_placement_says_where():
     assert Half().seen(10, 20) == (-5, -5, 20, 20)
     back = Half().back(torch.ones(4, 4), 10, 20)
     assert back[:, :10].eq(1).all() and back[:, 10:].eq(0).all()
+
+# from a file to the network and back on the file's pixels
+
+def film(fn, pixels, patient):
+    "Write an uncompressed 8-bit film"
+    ds = pydicom.Dataset()
+    ds.file_meta = pydicom.dataset.FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    ds.SOPClassUID, ds.SOPInstanceUID, ds.PatientID = SecondaryCaptureImageStorage, generate_uid(), patient
+    ds.set_pixel_data(pixels, 'MONOCHROME2', 8)
+    ds.save_as(fn, enforce_file_format=True)
+    return fn
+
+@pytest.mark.parametrize('method', METHODS)
+def test_heatmaps_lie_on_the_film(method, tmp_path):
+    "The network's own input, taken for a map, lies on a narrow film again: to a fifth of a pixel of the input"
+    rows, cols = 300, 212 # padded to 45 columns of 64
+    y, x = np.mgrid[:rows, :cols]
+    blob = np.exp(-((y-170)**2+(x-80)**2)/2/15**2)
+    files = [film(tmp_path/f'{i}.dcm', np.uint8(255*blob+.5), str(i)) for i in range(6)]
+    table = pd.DataFrame(dict(file=[o.name for o in files], label=list('ababab')))
+    learn = make_tiny(dicom_dls(tmp_path, table, size=64, method=method, cache=False))
+    h = cam(learn, files[:2])
+    assert h.view == View(64, method) and h.where(0)[:2] == (rows, cols)
+    m = Heatmaps([h.images], h.images, h.probs[:, :1], ['a'], ['in'], 'input', h.items, h.view).native(0, 'a').numpy()
+    across, down = h.view.seen(rows, cols)[2]/64, h.view.seen(rows, cols)[3]/64
+    assert abs((m*y).sum()/m.sum()-170) < .2*down and abs((m*x).sum()/m.sum()-80) < .2*across
+    assert m.sum() == pytest.approx(blob.sum(), rel=.02)
