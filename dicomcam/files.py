@@ -1,4 +1,4 @@
-"""Where dicomcam keeps things, a file or folder that is written whole or not at all, and the progress bar that every long job shows.
+"""Where dicomcam keeps things, results that are whole or not there at all, and the bar of every long job.
 
 Docs: https://dicomcam.github.io/dicomcam/api/files.html.md"""
 
@@ -9,6 +9,7 @@ __all__ = ['cache_folder', 'remove', 'evict', 'whole', 'sweep', 'progress_bar', 
 
 # %% ../nbs/api/00_files.ipynb #3605b0db
 import shutil, sys, time, uuid
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,27 +17,27 @@ from fastcore.xdg import xdg_cache_home
 
 # %% ../nbs/api/00_files.ipynb #bbf731b4
 def cache_folder(
-    name=None, # What is kept there, 'images' say; None: the folder of all
-) -> Path:     # It need not exist yet
+    name:str|None=None, # What is kept there, 'images' say; None: the folder of all
+) -> Path:              # It need not exist yet
     "dicomcam's folder below `$XDG_CACHE_HOME`, `~/.cache` where that is not set."
     folder = xdg_cache_home()/'dicomcam'
     return folder/name if name else folder
 
 # %% ../nbs/api/00_files.ipynb #7c322e25
 def remove(
-    path, # File or folder; need not exist
-):
-    "Delete a file, or a folder with all that is in it."
+    path:str|Path, # File or folder; need not exist
+) -> None:
+    "Delete a file, or a folder with all that is in it; of a folder, what cannot be deleted stays."
     path = Path(path)
-    if path.is_dir(): shutil.rmtree(path, ignore_errors=True)
+    if path.is_dir() and not path.is_symlink(): shutil.rmtree(path, ignore_errors=True)
     else: path.unlink(missing_ok=True)
 
 # %% ../nbs/api/00_files.ipynb #2d9e5d68
 def evict(
-    entries,  # (time of last use, cost, path) of each thing that is kept
-    limit,    # Cost of all that may stay
-    keep=(),  # Paths that stay, whatever they cost
-):
+    entries:Iterable,  # (time of last use, cost, path) of each thing that is kept
+    limit:float,       # Cost of all that may stay
+    keep:Container=(), # Paths that stay, whatever they cost
+) -> None:
     "Delete what was used longest ago until the rest costs no more than `limit`."
     entries = sorted(entries)
     left = sum(cost for _, cost, _ in entries)
@@ -47,33 +48,34 @@ def evict(
         left -= cost
 
 # %% ../nbs/api/00_files.ipynb #6f0e4123
-def _put(part, path):
-    "Move `part` to `path`; into a folder that is there already, entry by entry, in the place of those of the same name."
-    if not (part.is_dir() and path.is_dir()): return part.replace(path)
+def _put(part, path, merge):
+    "Move `part` to `path`; into a folder that is there already entry by entry, in the place of those of the same name."
+    if not (merge and part.is_dir() and path.is_dir()): return part.replace(path)
     for new in part.iterdir():
         old = path/new.name
-        if old.is_dir(): shutil.rmtree(old)
+        if old.is_dir() or new.is_dir(): remove(old)
         new.replace(old)
 
 @contextmanager
 def whole(
-    path, # File or folder to make
-):
-    "Inside: a name to write it to. At the end of the block that becomes `path`; after an error nothing is left of it."
+    path:str|Path,   # File or folder to make; the folders above it are made too
+    merge:bool=True, # Into a folder that is there already? False: `OSError`, unless it is empty
+) -> Iterator[Path]: # A name to write to, which does not exist yet. Who writes nothing to it makes nothing
+    "What is written inside to another name becomes `path` at the end of the block; after an error nothing is left of it."
     path = Path(path)
     part = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}.part')
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield part
-        if part.exists(): _put(part, path)
+        if part.exists(): _put(part, path, merge)
     finally: remove(part)
 
 # %% ../nbs/api/00_files.ipynb #a2e4ce02
 def sweep(
-    folder,      # Where to look
-    pattern='*', # Names of what was to be written
-    age=86400.,  # Seconds since they were last written to
-):
+    folder:str|Path, # Where to look
+    pattern:str='*', # Names of what was to be written
+    age:float=86400, # Seconds since they were last written to
+) -> None:
     "Remove what killed processes left of `whole`."
     for part in Path(folder).glob(f'.{pattern}.*.part'):
         if time.time()-part.stat().st_mtime > age: remove(part)
@@ -84,22 +86,24 @@ def _watched():
     return 'ipykernel' in sys.modules or sys.stdout.isatty()
 
 def progress_bar(
-    items,      # Any iterable
-    total=None, # How many there are; None: `len(items)`
-):              # Iterator over `items`
+    items:Iterable,      # What to go through
+    total:int|None=None, # How many there are; None: `len(items)`
+) -> Iterable:           # The same items
     "`items`, with a bar and the time left where somebody sees it."
     if not _watched(): return items
     from fastprogress import progress_bar
     return progress_bar(items, total=total, leave=False)
 
-def plain_progress():
+def plain_progress() -> None:
     "Without a terminal, fastai's training prints a line an epoch and draws no bar."
     from fastprogress import fastprogress
-    if not sys.stdout.isatty(): fastprogress.NO_BAR, fastprogress.ConsoleProgressBar.fill = True, ' '
+    if sys.stdout.isatty(): return
+    fastprogress.NO_BAR = True
+    fastprogress.ConsoleProgressBar.fill = ' '
 
 # %% ../nbs/api/00_files.ipynb #1c472613
 def short_path(
-    path, # Any path
+    path:str|Path, # Any path
 ) -> str:
     "`path` as a person would write it, with ~ for the home folder."
     return str(path).replace(str(Path.home()), '~', 1)
