@@ -74,11 +74,11 @@ def attempt(fn):
 
 @pytest.mark.filterwarnings('ignore')
 def test_pixels(mutants):
-    "Pixels or one clear error from each, soon, and the process lives"
+    "Pixels or one clear error from each, none hangs, and the process lives"
     kinds,secs = zip(*Parallel(n_jobs=2)(delayed(attempt)(o) for o in mutants))
     assert set(kinds) <= {'pixels 2', 'pixels 3', 'error'}
     assert kinds.count('error') > N/10 and len(kinds)-kinds.count('error') > N/10 # the mutations do damage, but not everything
-    assert max(secs) < 5
+    assert max(secs) < 60 # each takes milliseconds; a loaded machine may take seconds
 
 
 def test_summary(mutants):
