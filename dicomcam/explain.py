@@ -30,7 +30,7 @@ from .heatmaps import Heatmaps, as_list, find_class, on_cpu
 def as_found(
     model:nn.Module, # Any
 ) -> Iterator[None]:
-    "Inside: evaluation mode, frozen parameters, autograd on, fixed seeds. Afterwards, or after an error, all is as it was."
+    "Inside: evaluation mode, frozen parameters, autograd on, fixed seeds. Afterwards all is as it was, in any case."
     modes = [(m, m.training) for m in model.modules()]
     grads = [(p, p.requires_grad) for p in model.parameters()]
     with no_random(reproducible=False), torch.inference_mode(False), torch.enable_grad():

@@ -65,20 +65,21 @@ _WHOLE = View(1, 'squish') # all of the image fills all of the input; their prop
 class _RawMaps:
     "Raw maps of some images, by class and layer."
     def __init__(self,
-        raw:list,      # A tensor a layer, (n, classes, h_l, w_l): signed, float32, at the layer's own size
-        images:torch.Tensor, # What the network saw, (n, c, h, w), not normalised
-        probs:torch.Tensor,  # Probabilities (n, classes)
-        classes:Sequence,    # Names of the classes
-        layers:Sequence[str],# Names of the layers
-        method:str,          # 'cam', 'gradcam', ...
-        items:Sequence|None=None,  # Files, if the images came from files
+        raw:list,              # A tensor a layer, (n, classes, h_l, w_l): signed, float32, at the layer's own size
+        images:torch.Tensor,   # What the network saw, (n, c, h, w), not normalised
+        probs:torch.Tensor,    # Probabilities (n, classes)
+        classes:Sequence,      # Names of the classes
+        layers:Sequence[str],  # Names of the layers
+        method:str,            # 'cam', 'gradcam', ...
+        items:Any=None,        # Files, if the images came from files
         view:Placement|None=None,  # How those became the network's input; None: squished
         asked:Sequence|None=None,  # Layers as the caller gave them
-        norm:Any=None,       # fastai's `Normalize`, if the network's input went through it
+        norm:Any=None,         # fastai's `Normalize`, if the network's input went through it
     ):
         self.raw, self.images, self.probs = raw, images, probs
         self.classes, self.layers, self.asked = list(classes), list(layers), list(asked or layers)
-        self.method, self.items, self.norm = method, items, norm
+        self.method, self.norm = method, norm
+        self.items:Any = items
         self.view = view if view and items is not None else _WHOLE
         self._sizes = {} # number of an image -> size of its original
 
@@ -113,7 +114,7 @@ class _RawMaps:
 # %% ../nbs/api/22_heatmaps.ipynb #heac0005
 def _same_layer(a, b):
     "The same module, name or index? 1 is not '1', and True is not 1."
-    return a is b or (isinstance(a, (int, str)) and type(a) == type(b) and a == b)
+    return a is b or (isinstance(a, (int, str)) and type(a) is type(b) and a == b)
 
 # %% ../nbs/api/22_heatmaps.ipynb #heac0006
 _BOX = 'x', 'y', 'width', 'height', 'peak', 'mass'
