@@ -122,7 +122,7 @@ class Setup:
 # %% ../nbs/api/13_batches.ipynb #bat-setup-of
 def setup_of(
     dls:DataLoaders, # Anybody's; or None
-) -> Setup: # None where `dls` is neither of `dicom_dls` nor of `load_model`
+) -> Setup|None: # None where `dls` is neither of `dicom_dls` nor of `load_model`
     "`dls.setup`, if it is ours."
     setup = getattr(dls, 'setup', None)
     return setup if isinstance(setup, Setup) else None

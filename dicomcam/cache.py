@@ -1,4 +1,4 @@
-"""TODO
+"""Each image is decoded and shrunk once, and kept on the disk: `ImageCache`.
 
 Docs: https://dicomcam.github.io/dicomcam/api/cache.html.md"""
 
@@ -8,7 +8,8 @@ Docs: https://dicomcam.github.io/dicomcam/api/cache.html.md"""
 __all__ = ['ImageCache']
 
 # %% ../nbs/api/12_cache.ipynb #7da5ff4e
-import hashlib, os, sys, uuid, warnings
+import hashlib, os, sys, warnings
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
@@ -18,79 +19,92 @@ from pathlib import Path
 import numpy as np, torch
 from fastai.torch_core import defaults
 
+from .files import cache_folder, evict, sweep, whole
 from .read import DicomError
 from .pil import TensorDicom
 from .view import fit_image
-from .files import cache_folder
 
 # %% ../nbs/api/12_cache.ipynb #157f4dff
-def _stat(fn):
-    st = os.stat(fn)
-    return st.st_size, st.st_mtime_ns
+def _stamp(fn):
+    "What changes when a file does: size and time of change, ns."
+    stat = os.stat(fn)
+    return stat.st_size, stat.st_mtime_ns
+
+def _fingerprint(fn):
+    "32 hexadecimal digits of a file's content."
+    with open(fn, 'rb') as f: return hashlib.file_digest(f, partial(hashlib.blake2b, digest_size=16)).hexdigest()
 
 # %% ../nbs/api/12_cache.ipynb #a9c482f9
 class ImageCache:
-    "Shrunk images, decoded once, on the disk: called with a file (or anything that `PILDicom.create` takes), gives its `TensorDicom` (1, size, size) in [0, 1]."
+    """Shrunk images, decoded once, on the disk. Called with a file (or anything that `PILDicom.create` takes), gives
+    its `TensorDicom` (1, size, size) in [0, 1]."""
     def __init__(self,
-        size,           # Side of the square, pixels
-        method='pad',   # How a non-square image becomes square: 'pad' (black), 'crop' or 'squish'
-        folder=None,    # Where; None: `images` in dicomcam's cache folder; False: nothing is kept
-        limit=20e9,     # Bytes that the folder may hold, all sizes together; what was used longest ago goes first
+        size:int,         # Side of the square, pixels
+        method:str='pad', # How a non-square image becomes square: 'pad' (black), 'crop' or 'squish'
+        folder=None,      # Where; None: `images` in dicomcam's cache folder; False: nothing is kept
+        limit:float=20e9, # Bytes that the folder may hold, all sizes together; what was used longest ago goes first
     ):
-        self.size, self.method, self.limit, self.digests, self.stored = size, method, limit, {}, 0
-        self.root = None if folder is False else Path(folder) if folder else cache_folder('images')
-        self.dir = self.root and self.root/f'{version("dicomcam")}-{size}-{method}'
+        self.size, self.method, self.limit = size, method, limit
+        self.root = None if folder is False else Path(folder or cache_folder('images'))
+        self.dir = (self.root or Path())/f'{version("dicomcam")}-{size}-{method}'
+        self.fingerprints = {} # file -> stamp, fingerprint
+        self.stored = 0
 
-    def where(self, fn):
-        "The cached file of the DICOM file `fn`, by its content; fingerprints are kept while size and time of `fn` stay the same."
-        known = self.digests.get(fn)
-        if known is None or known[0] != _stat(fn):
-            with open(fn, 'rb') as f: known = _stat(fn), hashlib.file_digest(f, partial(hashlib.blake2b, digest_size=16)).hexdigest()
-            self.digests[fn] = known
-        return self.dir/f'{known[1]}.u16'
+    def __call__(self, fn) -> TensorDicom:
+        levels = np.asarray(self.levels(fn))
+        return TensorDicom(torch.from_numpy(levels*np.float32(1/65535))[None])
 
-    def levels(self, fn):
-        "(size, size) uint16, from the cache, or decoded and put there."
+    def where(self,
+        fn:str|Path, # DICOM file
+    ) -> Path:
+        "The cached file of `fn`, by its content; it need not exist."
+        stamp = _stamp(fn)
+        if fn not in self.fingerprints or self.fingerprints[fn][0] != stamp:
+            self.fingerprints[fn] = stamp, _fingerprint(fn)
+        return self.dir/f'{self.fingerprints[fn][1]}.u16'
+
+    def levels(self,
+        fn, # As for a call
+    ) -> np.ndarray: # uint16, (size, size)
+        "From the cache, or decoded and put there."
         if self.root is None or not isinstance(fn, (str, Path)): return fit_image(fn, self.size, self.method)
         kept = self.where(fn)
         try: return np.memmap(kept, np.uint16, 'r', shape=(self.size, self.size))
-        except (OSError, ValueError): return self.store(kept, fit_image(fn, self.size, self.method))
+        except (OSError, ValueError): # not there, or too short
+            levels = fit_image(fn, self.size, self.method)
+            self.store(kept, levels)
+            return levels
 
-    def store(self, kept, x):
-        "Write `x` whole or not at all. A full disk, or a full cache, costs time and no more."
+    def store(self,
+        kept:Path,         # From `where`
+        levels:np.ndarray, # uint16, (size, size)
+    ):
+        "Write `levels`. A full disk costs a warning, a full cache nothing."
         if self.stored%200 == 0: self.full = self.used() >= self.limit
         self.stored += 1
-        part = kept.with_name(f'{kept.name}.{uuid.uuid4().hex}.part') # no draw from a generator that training uses
+        if self.full: return
         try:
-            if not self.full:
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                x.tofile(part)
-                part.replace(kept)
+            with whole(kept) as part: levels.tofile(part)
         except OSError as e:
-            part.unlink(missing_ok=True)
             warnings.warn(f'{kept.parent}: images cannot be kept ({e.strerror}), so they are decoded each time.')
-        return x
 
-    def __call__(self, fn): return TensorDicom(torch.from_numpy(np.asarray(self.levels(fn))*np.float32(1/65535))[None])
+    def held(self) -> Iterator[tuple]: # (time of last use, bytes, file) each
+        "What is cached, of all sizes."
+        for file in self.root.rglob('*.u16') if self.root else ():
+            with suppress(FileNotFoundError): # another process may be clearing
+                stat = file.stat()
+                yield stat.st_mtime, stat.st_size, file
 
-    def held(self):
-        "(time of last use, bytes, file) of what is cached, of all sizes; other processes may be clearing at the same time."
-        for o in self.root.rglob('*.u16') if self.root else ():
-            with suppress(FileNotFoundError): yield (s := o.stat()).st_mtime, s.st_size, o
-
-    def used(self):
+    def used(self) -> int:
         "Bytes that the cache holds."
-        return sum(n for _, n, _ in self.held())
+        return sum(size for _, size, _ in self.held())
 
-    def clear(self, keep=None):
-        "Delete what is cached, of all sizes; with `keep`, a set of cached files that stay, the oldest others until `limit` is kept."
-        have = sorted(self.held())
-        left = sum(n for _, n, _ in have)
-        for _, n, o in have:
-            if keep is not None and left <= self.limit: break
-            if keep and o in keep: continue
-            o.unlink(missing_ok=True)
-            left -= n
+    def clear(self,
+        keep:set=None, # Cached files that stay; None: delete all
+    ):
+        "Delete what is cached, of all sizes; with `keep` only until `limit` is kept, what was used longest ago first."
+        if keep is None: evict(self.held(), -1)
+        else: evict(self.held(), self.limit, keep)
 
     def fill(self,
         files, # DICOM files
@@ -98,21 +112,25 @@ class ImageCache:
         "Decode what is not cached yet, on all cores; then make room, if more than `limit` is kept."
         files, bad = list(files), {}
         many = len(files) >= 64 and sys.platform == 'linux' # elsewhere a worker takes longer to start than it saves
-        loader = torch.utils.data.DataLoader(_Filling(self, files), batch_size=16, collate_fn=list, num_workers=min(16, defaults.cpus) if many else 0)
-        for i, known, error in chain.from_iterable(loader):
-            if error: bad[files[i]] = error
-            elif known: self.digests[files[i]] = known
-        if self.root: self.clear(keep={self.where(o) for o in files if o not in bad})
+        loader = torch.utils.data.DataLoader(_Filling(self, files), batch_size=16, collate_fn=list,
+            num_workers=min(16, defaults.cpus) if many else 0)
+        for file, known, error in chain.from_iterable(loader):
+            if error: bad[file] = error
+            elif known: self.fingerprints[file] = known
+        if self.root:
+            self.clear(keep={self.where(file) for file in files if file not in bad})
+            sweep(self.dir)
         return bad
 
 # %% ../nbs/api/12_cache.ipynb #8be13a17
-class _Filling:
-    "What `ImageCache.fill` does with one file, for workers that torch's DataLoader starts."
+class _Filling(torch.utils.data.Dataset):
+    "What `ImageCache.fill` does with one file, as the data set of a DataLoader: (file, (stamp, fingerprint), error)."
     def __init__(self, cache, files): self.cache, self.files = cache, files
     def __len__(self): return len(self.files)
     def __getitem__(self, i):
-        fn = self.files[i]
-        try: self.cache.levels(fn)
-        except (DicomError, OSError) as e: return i, None, str(e)
-        if self.cache.root and (kept := self.cache.where(fn)).is_file(): os.utime(kept)
-        return i, self.cache.digests.get(fn), None
+        file = self.files[i]
+        try: self.cache.levels(file)
+        except (DicomError, OSError) as e: return file, None, str(e)
+        if self.cache.root:
+            with suppress(FileNotFoundError): os.utime(self.cache.where(file)) # used now
+        return file, self.cache.fingerprints.get(file), None

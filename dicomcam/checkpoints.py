@@ -1,4 +1,4 @@
-"""TODO
+"""A training that is cut off goes on, and ends exactly where an unbroken one would have: `Checkpoint`.
 
 Docs: https://dicomcam.github.io/dicomcam/api/checkpoints.html.md"""
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np, torch
 from fastai.callback.core import Callback, CancelEpochException
+from fastai.learner import Learner
 from fastai.torch_core import num_distrib, rank_distrib, to_device
 
 from .files import whole
@@ -21,11 +22,12 @@ from .networks import bare_model
 # %% ../nbs/api/15_checkpoints.ipynb #16ca8ec7
 def _plain(o):
     "Only what `torch.load(weights_only=True)` reads: tensors, numbers, text, and lists, tuples and dicts of them."
-    if isinstance(o, dict): return {k: _plain(v) for k, v in o.items()}
+    if isinstance(o, (np.ndarray, np.generic)): return _plain(o.tolist()) # first: np.float64 is a float, too
+    if o is None or isinstance(o, (bool, int, float, str)): return o
     if isinstance(o, torch.Tensor): return o.detach().as_subclass(torch.Tensor)
-    if isinstance(o, (np.ndarray, np.generic)): return _plain(o.tolist())
+    if isinstance(o, dict): return {key: _plain(value) for key, value in o.items()}
     if isinstance(o, tuple): return tuple(map(_plain, o))
-    return o if o is None or isinstance(o, (bool, int, float, str)) else [_plain(v) for v in o]
+    return [_plain(value) for value in o]
 
 # %% ../nbs/api/15_checkpoints.ipynb #f5c50c24
 _PARTS = {'epoch', 'epochs', 'model', 'opt', 'recorder', 'rng'} # of a checkpoint
@@ -34,47 +36,64 @@ def _read_checkpoint(fn):
     "What `Checkpoint` wrote. Raises ValueError for any other file."
     try:
         state = torch.load(fn, map_location='cpu', weights_only=True)
-        if missing := _PARTS - set(state): raise KeyError(*missing)
-    except Exception as e: raise ValueError(f'{fn}: not a checkpoint ({type(e).__name__}). Delete it to start anew.') from e
+        missing = _PARTS - set(state)
+        if missing: raise KeyError(*missing)
+    except Exception as e: # whatever a spoilt file makes of torch
+        raise ValueError(f'{fn}: not a checkpoint ({type(e).__name__}). Delete it to start anew.') from e
     return state
 
-def _recorder_state(r):
-    return dict(values=r.values, lrs=r.lrs, losses=r.losses, iters=r.iters, count=r.smooth_loss.count, val=r.smooth_loss.val)
+# %% ../nbs/api/15_checkpoints.ipynb #chk-rec
+def _recorder_state(recorder):
+    "What the recorder knows, without the names of its columns."
+    smooth = recorder.smooth_loss
+    return dict(values=recorder.values, lrs=recorder.lrs, losses=recorder.losses, iters=recorder.iters,
+        count=smooth.count, val=smooth.val)
 
-def _set_recorder(r, state):
-    r.lrs, r.losses, r.iters = state['lrs'], state['losses'], state['iters']
-    r.smooth_loss.count, r.smooth_loss.val = state['count'], state['val'].cpu()
+def _set_recorder(recorder, state):
+    "The other way."
+    recorder.lrs, recorder.losses, recorder.iters = state['lrs'], state['losses'], state['iters']
+    recorder.smooth_loss.count, recorder.smooth_loss.val = state['count'], state['val'].cpu()
 
 def _rng_state(loader):
+    "The state of all random number generators."
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return dict(python=random.getstate(), numpy=np.random.get_state(), loader=loader.rng.getstate(),
         torch=torch.get_rng_state(), cuda=cuda)
 
 def _set_rng(loader, state):
+    "The other way."
     random.setstate(state['python'])
     np.random.set_state(state['numpy'])
     loader.rng.setstate(state['loader'])
     torch.set_rng_state(state['torch'].cpu())
     if state['cuda']: torch.cuda.set_rng_state_all([o.cpu() for o in state['cuda']])
 
+# %% ../nbs/api/15_checkpoints.ipynb #chk-class
 class Checkpoint(Callback):
     "After each epoch, writes to `fn` what it takes to go on; with `resume`, goes on from there."
     order = 70 # after the recorder
     def __init__(self,
-        fn,           # File
-        resume=False, # Go on from `fn`, if it is there?
+        fn:str|Path,       # File
+        resume:bool=False, # Go on from `fn`, if it is there?
     ):
         self.fn = Path(fn)
         self.state = _read_checkpoint(self.fn) if resume and self.fn.is_file() else None
         self.start = self.state['epoch'] if self.state else 0
 
     @property
-    def loader(self): return self.dls.train.dl if num_distrib() > 1 else self.dls.train # fastai wraps it where there are several processes
+    def loader(self):
+        "Whose generator shuffles: where there are several processes, fastai wraps the training's DataLoader."
+        train = self.dls.train
+        return train.dl if num_distrib() > 1 else train
 
-    def check(self, learn, epochs):
+    def check(self,
+        learn:Learner, # What is to be trained
+        epochs:int,    # For how long
+    ):
         "Raise ValueError if the checkpoint is of another training."
         if not self.state: return
-        kept, now = ({k: v.shape for k, v in o.items()} for o in (self.state['model'], bare_model(learn).state_dict()))
+        kept, now = ({name: weights.shape for name, weights in state.items()}
+            for state in (self.state['model'], bare_model(learn).state_dict()))
         if kept != now: what = 'of another network'
         elif self.state['epochs'] != epochs: what = f'of {self.state["epochs"]} epochs, not of {epochs}'
         else: return
@@ -87,7 +106,7 @@ class Checkpoint(Callback):
         self.opt.load_state_dict(to_device(self.state['opt'], self.dls.device))
 
     def before_epoch(self):
-        "Epochs that the checkpoint holds are skipped, their figures shown again; then all is as it was after the last of them."
+        "Epochs that the checkpoint holds are skipped, their metrics shown again; then all is as after the last one."
         if self.epoch < self.start:
             self.recorder.log += self.state['recorder']['values'][self.epoch]
             raise CancelEpochException
@@ -96,12 +115,14 @@ class Checkpoint(Callback):
             _set_rng(self.loader, self.state['rng'])
 
     def after_epoch(self):
-        "Write the checkpoint. If that fails, the one before it remains, and training goes on."
+        "Write the checkpoint, in one process. If that fails, the one before it remains, and training goes on."
         if self.epoch < self.start or rank_distrib() or hasattr(self.learn, 'lr_finder'): return
-        state = dict(epoch=self.epoch+1, epochs=self.n_epoch, model=bare_model(self.learn).state_dict(), opt=self.opt.state_dict(),
+        state = dict(epoch=self.epoch+1, epochs=self.n_epoch,
+            model=bare_model(self.learn).state_dict(), opt=self.opt.state_dict(),
             recorder=_recorder_state(self.recorder), rng=_rng_state(self.loader))
         try:
             with whole(self.fn) as part: torch.save(_plain(state), part)
         except (OSError, RuntimeError) as e:
             why = str(e).splitlines()[0]
-            warnings.warn(f'{self.fn}: the checkpoint of epoch {self.epoch} could not be written ({why}); the one before it remains.')
+            warnings.warn(f'{self.fn}: the checkpoint of epoch {self.epoch} could not be written ({why}); '
+                'the one before it remains.')

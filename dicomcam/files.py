@@ -61,7 +61,7 @@ def whole(
     path:str|Path,   # File or folder to make; the folders above it are made too
     merge:bool=True, # Into a folder that is there already? False: `OSError`, unless it is empty
 ) -> Iterator[Path]: # A name to write to, which does not exist yet. Who writes nothing to it makes nothing
-    "What is written inside to another name becomes `path` at the end of the block; after an error nothing is left of it."
+    "What is written to another name inside becomes `path` at the end; after an error nothing is left of it."
     path = Path(path)
     part = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}.part')
     path.parent.mkdir(parents=True, exist_ok=True)

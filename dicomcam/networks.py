@@ -8,8 +8,8 @@ Docs: https://dicomcam.github.io/dicomcam/api/networks.html.md"""
 __all__ = ['ACTIVATIONS', 'Network', 'dicom_learner', 'bare_model']
 
 # %% ../nbs/api/14_networks.ipynb #6da2d932
-import fastai.callback.schedule # gives Learner its fit_flat_cos and lr_find
-import fastai.callback.fp16, fastai.callback.channelslast # and its to_channelslast
+import fastai.callback.schedule # noqa: F401 (gives Learner its fit_flat_cos and lr_find)
+import fastai.callback.channelslast # noqa: F401 (gives it to_channelslast)
 import difflib
 from dataclasses import dataclass
 from importlib.util import find_spec

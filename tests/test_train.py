@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from fastai.torch_core import set_seed
 from dicomcam.pil import TensorDicom
-from dicomcam.training import _train_step
+from dicomcam.training import trial_step
 from dicomcam.train import (ImageCache, XrayTfm, fill_card, demo_learner, dicom_block, dicom_dls, dicom_learner, label_table, load_model, patient_ids, patient_split, save_model,
                             split_counts, train_learner)
 
@@ -460,7 +460,7 @@ def test_fill_card(learn, monkeypatch):
 def test_a_step_on_trial_leaves_no_trace(learn, amp):
     on_trial = dicom_learner(dicom_dls(learn.dls.path, size=32), xresnet18, amp=amp)
     before, rng = {k: v.clone() for k, v in on_trial.model.state_dict().items()}, torch.get_rng_state()
-    _train_step(on_trial, 3)
+    trial_step(on_trial, 3)
     assert all(torch.equal(v, before[k]) for k, v in on_trial.model.state_dict().items()) and torch.equal(torch.get_rng_state(), rng)
     assert all(p.grad is None for p in on_trial.model.parameters())
 
