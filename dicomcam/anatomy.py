@@ -35,7 +35,8 @@ def torso(
     "Path through the trunk, neck, shoulders, arms and breasts, as if solid."
     wall = _bounds(body, np.maximum(y, -3))[1]+1.6+.5*body.fat
     neck = 4.8+.3*body.fat
-    heights, halves = [-21, -18, -15.5, -13.5, -11.5, -9, -5, 21], [neck+.3, neck, neck+1.6, 9.5, 15.5, 19.2, 20.2, 20.9]
+    heights = [-21, -18, -15.5, -13.5, -11.5, -9, -5, 21]
+    halves = [neck+.3, neck, neck+1.6, 9.5, 15.5, 19.2, 20.2, 20.9]
     outline = np.interp(y, heights, halves).astype(np.float32)
     depth = body.depth*np.interp(y, [-21, -15, -11, -5, 4, 12, 21], [.55, .55, .62, .85, 1, 1, 1]).astype(np.float32)
     half = np.minimum(wall, outline)
@@ -210,9 +211,9 @@ def _retained(body, x, y):
     out = (x-2*body.rotation)*ptx.side
     return np.where(inside, np.clip(np.minimum(edge-out, out-medial)/.1, 0, 1), 0)
 
-# %% ../nbs/api/06_anatomy.ipynb #e9cdab49
+# %% ../nbs/api/06_anatomy.ipynb #afad4019
 def _collapse(body, x, y, path):
-    "With a pneumothorax, of which `path` is the cavity: the lesion (bool), the density of the lungs, the line of the pleura."
+    "With a pneumothorax in the cavity `path`: the lesion (bool), the density of the lungs, the line of the pleura."
     ptx, size = body.ptx, len(path)
     keep, deep = _retained(body, x, y), path > .8
     lesion = deep&(keep <= 0)

@@ -84,9 +84,9 @@ def get_data(
 
 # %% ../nbs/api/08_data.ipynb #af66672c
 def lesion_mask(
-    path:str|Path,     # Folder with `masks/<name>.png`, or `boxes.csv` (file, x, y, width, height in pixels), or neither
-    file:str|Path,     # DICOM file in that folder
-) -> np.ndarray|None:  # (rows, columns) bool, or None if nothing is known
+    path:str|Path,    # Folder with `masks/<name>.png`, or `boxes.csv` (file, x, y, width, height: pixels), or neither
+    file:str|Path,    # DICOM file in that folder
+) -> np.ndarray|None: # (rows, columns) bool, or None if nothing is known
     "The lesion of one image as a mask: as drawn in `masks/`, else the rectangles of `boxes.csv`."
     path, file = Path(path), Path(file)
     drawn = path/'masks'/f'{file.stem}.png'

@@ -57,7 +57,7 @@ def _to_dicom(body, image, uids):
     ds['PixelData'].VR = 'OB'
     return ds
 
-# %% ../nbs/api/07_phantom.ipynb #f48862f4
+# %% ../nbs/api/07_phantom.ipynb #97875789
 def _plan(n, seed):
     "(patient's number, whether with a pneumothorax) of each of `n` images."
     rng = np.random.default_rng([seed, 0])
@@ -119,7 +119,7 @@ def phantom(
     n_jobs:int=-1,           # Processes; -1: as many as there are cores
     progress:bool=True,      # Show a progress bar?
 ) -> Path:                   # Folder with `train/<label>/*.dcm`, `labels.csv`, `masks/<stem>.png`, `boxes.csv`
-    """Chest radiographs computed from a simple anatomy, three in ten with a pneumothorax whose exact mask is written beside it.
+    """Chest radiographs computed from a simple anatomy, three in ten with a pneumothorax and its exact mask.
 
     What is there already is not made again. A `dest` that holds anything else raises `FileExistsError`."""
     if n < 2 or size < 32:
