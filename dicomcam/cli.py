@@ -1,4 +1,4 @@
-"""TODO
+"""Five commands for people and scripts: they say plainly what went wrong and leave nothing half-written.
 
 Docs: https://dicomcam.github.io/dicomcam/api/cli.html.md"""
 
@@ -29,8 +29,8 @@ class _Plain(click.Group):
         except click.UsageError as e: says, status = f'{e.format_message()} See: {e.ctx.command_path} --help', 2
         except (OSError, ValueError, ImportError) as e:
             if ctx.params.get('debug') or isinstance(e, BrokenPipeError): raise
-            says, status = e, 2
-        click.echo(f'dicomcam: {" ".join(str(says).split())}', err=True)
+            says, status = str(e), 2
+        click.echo(f'dicomcam: {" ".join(says.split())}', err=True)
         ctx.exit(status)
 
 @click.group(cls=_Plain, context_settings=dict(help_option_names=['-h', '--help']))
@@ -61,6 +61,7 @@ def _output(
         raise FileExistsError(f'{out}: is there already. Name another place with --out, or pass --force to replace it.')
     with whole(path) as part: yield part
 
+# %% ../nbs/api/33_cli.ipynb #72941d28
 def _options(*options):
     "Several options as one decorator."
     def put(f):
@@ -68,7 +69,10 @@ def _options(*options):
         return f
     return put
 
-def _out(default, text): return _options(click.option('--out', default=default, show_default=True, help=text), click.option('--force', is_flag=True, help='Replace what is there already.'))
+def _out(default, text):
+    "Where the results go."
+    force = click.option('--force', is_flag=True, help='Replace what is there already.')
+    return _options(click.option('--out', default=default, show_default=True, help=text), force)
 
 _labels = click.option('--labels', default='labels.csv', show_default=True, help='CSV in FOLDER: file, label.')
 
@@ -79,9 +83,18 @@ _recipe = _options(
     click.option('--bs', type=click.IntRange(1), help='Images in a batch.'),
     click.option('--seed', default=42, show_default=True, help='Seed of the split and the training.'))
 
+def _given(recipe): return {k: v for k, v in recipe.items() if v is not None} # the options that a person gave
+
+# %% ../nbs/api/33_cli.ipynb #d158c8bf
+_METHODS = 'gradcam, gradcam++, xgradcam, hirescam, layercam, eigencam ...'
+_LAYER = ("Layer, by name or by number among the network's children, -6 say; "
+    'by default one with at least 16 x 16 positions.')
+
+def _layer(text): return int(text) if text.lstrip('-').isdigit() else text
+
 _maps = _options(
-    click.option('--method', default='gradcam', show_default=True, help='gradcam, gradcam++, xgradcam, hirescam, layercam, eigencam ...'),
-    click.option('--layer', metavar='LAYER', type=lambda o: int(o) if o.lstrip('-').isdigit() else o, help="Layer, by name or by number among the network's children, -6 say; by default one with at least 16 x 16 positions."))
+    click.option('--method', default='gradcam', show_default=True, help=_METHODS),
+    click.option('--layer', metavar='LAYER', type=_layer, help=_LAYER))
 
 # %% ../nbs/api/33_cli.ipynb #cec51bfa
 @main.command()
@@ -98,19 +111,33 @@ def summary(folder, out, force, pixels, phi):
     if Path(out).suffix not in ('.csv', '.parquet'): raise ValueError(f'{out}: a table ends in .parquet or .csv.')
     with _output(out, force) as part:
         from dicomcam.summary import find_dicoms, summarize
-        if not (files := find_dicoms(folder)): raise ValueError(f'{folder}: holds no DICOM file.')
+        files = find_dicoms(folder)
+        if not files: raise ValueError(f'{folder}: holds no DICOM file.')
         click.echo(f'Reading {len(files)} files ...')
         df = summarize(files, pixels, phi=phi)
-        df.to_csv(part, index=False) if out.endswith('.csv') else df.to_parquet(part)
-    click.echo(f'{len(df)} files, {df.error.notna().sum()} with something that could not be read (column error). Table in {out}')
+        if out.endswith('.csv'): df.to_csv(part, index=False)
+        else: df.to_parquet(part)
+    unread = df.error.notna().sum()
+    click.echo(f'{len(df)} files, {unread} with something that could not be read (column error). Table in {out}')
 
 # %% ../nbs/api/33_cli.ipynb #80985f65
-def _positives(learn):
-    "The classes that figures are about: the last of two, else each."
-    return list(learn.dls.vocab)[-1 if len(learn.dls.vocab) == 2 and not learn.dls.setup.multi else 0:]
+_METRICS = ('accuracy', 'auc', 'average_precision', 'sensitivity', 'specificity', 'ppv', 'npv', 'brier',
+    'calibration_error')
 
-def _say(m, figures=('accuracy', 'auc', 'average_precision', 'sensitivity', 'specificity', 'ppv', 'npv', 'brier', 'calibration_error')):
-    for k in figures: click.echo(f'{k:18} {m[k]["value"]:.2f}  (95 % interval {m[k]["low"]:.2f} to {m[k]["high"]:.2f})'.replace('nan', '?'))
+def _say(metrics, names=_METRICS):
+    "A line for each metric, with its interval; what is not known is a question mark."
+    for name in names:
+        value, low, high = (f'{metrics[name][k]:.2f}'.replace('nan', '?') for k in ('value', 'low', 'high'))
+        click.echo(f'{name:18} {value}  (95 % interval {low} to {high})')
+
+# %% ../nbs/api/33_cli.ipynb #6ce436db
+def _check_resume(checkpoint, resume, force):
+    "Going on from a state is asked for, never done unasked, and a state is not written over unasked."
+    if resume and not checkpoint:
+        raise click.UsageError('--resume goes on from a --checkpoint FILE: which?', click.get_current_context())
+    if checkpoint and Path(checkpoint).exists() and not (resume or force):
+        raise FileExistsError(f'{checkpoint}: is there already. Go on from it with --resume, '
+            'or pass --force to replace it.')
 
 @main.command()
 @click.argument('folder')
@@ -125,24 +152,23 @@ def train(folder, labels, seed, checkpoint, resume, out, force, **recipe):
     \b
     Example: dicomcam train ~/xrays --arch xresnet34 --size 256 --epochs 20 --checkpoint state.pt --resume
     """
-    if resume and not checkpoint: raise click.UsageError('--resume goes on from a --checkpoint FILE: which?', click.get_current_context())
-    if checkpoint and Path(checkpoint).exists() and not (resume or force):
-        raise FileExistsError(f'{checkpoint}: is there already. Go on from it with --resume, or pass --force to replace it.')
+    _check_resume(checkpoint, resume, force)
     with _output(out, force) as part:
         plain_progress()
+        from dicomcam.batches import split_counts
+        from dicomcam.labels import positive_classes
+        from dicomcam.models import save_model
         from dicomcam.results import evaluate, predictions
         from dicomcam.training import default_recipe, train_learner
-        from dicomcam.models import save_model
-        from dicomcam.batches import split_counts
-        r = {**default_recipe(), **{k: v for k, v in recipe.items() if v is not None}}
+        r = {**default_recipe(), **_given(recipe)}
         click.echo(f'Training {r["arch"]} at {r["size"]} pixels for {r["epochs"]} epochs ...')
         learn = train_learner(folder, seed, checkpoint=checkpoint, resume=resume, data=dict(labels=labels), **r)
         click.echo(split_counts(learn.dls).to_string())
         save_model(learn, part)
         df = predictions(learn)
-        for c in _positives(learn):
-            click.echo(f'{c}, on the {df.patient.nunique()} patients held back, from 0.5 on:')
-            _say(evaluate(df, positive=c))
+        for cls in positive_classes(learn.dls.vocab, learn.dls.setup.multi):
+            click.echo(f'{cls}, on the {df.patient.nunique()} patients held back, from 0.5 on:')
+            _say(evaluate(df, positive=cls))
     click.echo(f'Model in {out}')
 
 # %% ../nbs/api/33_cli.ipynb #b1cacce4
@@ -150,34 +176,38 @@ def train(folder, labels, seed, checkpoint, resume, out, force, **recipe):
 @click.argument('model')
 @click.argument('files', nargs=-1, required=True, metavar='DICOM...')
 @_maps
-@click.option('--class', 'cls', help='Class to explain; by default the likeliest of each image for the boxes, and all in the pictures.')
+@click.option('--class', 'cls',
+    help='Class to explain; by default the likeliest of each image for the boxes, and all in the pictures.')
 @click.option('--dicom', is_flag=True, help='Also write DICOM objects: overlay (.sc.dcm), bright region (.seg.dcm).')
 @click.option('--bs', default=16, show_default=True, type=click.IntRange(1), help='Images in a batch.')
 @_out('heatmaps', 'Folder for the results.')
 def explain(model, files, method, layer, cls, dicom, bs, out, force):
     """Heatmaps of DICOM files by MODEL: a picture each, and heatmaps.csv with probabilities and boxes.
 
-    DICOM... are files, folders or patterns. Files that cannot be explained are listed at the end; the exit status is then 1.
+    DICOM... are files, folders or patterns. Files that cannot be explained are listed at the end; the exit status is
+    then 1.
 
     \b
     Example: dicomcam explain model.safetensors ~/xrays/train --class Pneumonia --out heatmaps
     """
     with _output(out, force) as part:
+        import torch
         from dicomcam.gradcam import gradcam
         from dicomcam.layers import fine_stage
         from dicomcam.models import load_model
-        import torch
         files, learn = found_files(files), load_model(model)
-        size = learn.dls.setup.size
         maps = partial(gradcam, learn, layers=fine_stage(learn) if layer is None else layer, method=method)
-        shown, = maps(torch.zeros(1, 1, size, size), classes=cls).layers # what is wrong with class, layer or method shows here
+        size = learn.dls.setup.size
+        shown, = maps(torch.zeros(1, 1, size, size), classes=cls).layers
+        click.echo(f'Heatmaps of layer {shown}')
         part.mkdir()
-        failed = write_heatmaps(part, maps, files, bs, list(learn.dls.vocab), cls, dicom, f'Heatmaps of layer {shown}')
+        failed = write_heatmaps(part, maps, files, list(learn.dls.vocab), cls, dicom, bs)
         if len(failed) == len(files):
             first = next(iter(failed.values()))
             raise ValueError(f'None of the {len(files)} files could be explained, the first because: {first}')
     for file, why in failed.items(): click.echo(why if str(file) in why else f'{file}: {why}', err=True)
-    click.echo(f'{len(files)-len(failed)} of {len(files)} explained. Results in {out}: heatmaps.csv and the pictures')
+    explained = len(files)-len(failed)
+    click.echo(f'{explained} of {len(files)} explained. Results in {out}: heatmaps.csv and the pictures')
     if failed: click.get_current_context().exit(1)
 
 # %% ../nbs/api/33_cli.ipynb #528dd768
@@ -187,7 +217,8 @@ def explain(model, files, method, layer, cls, dicom, bs, out, force):
 @_labels
 @_maps
 @click.option('--positive', help='Class that counts as positive; by default the last of two, each of more.')
-@click.option('--held-out', is_flag=True, help='Only the patients held back in training; for the FOLDER that MODEL was trained on.')
+@click.option('--held-out', is_flag=True,
+    help='Only the patients held back in training; for the FOLDER that MODEL was trained on.')
 @click.option('--cases', default=50, show_default=True, type=click.IntRange(1), help='Most images to show.')
 @click.option('--phi', is_flag=True, help='Show names of files and patients.')
 @_out('report.html', 'HTML file to write.')
@@ -207,12 +238,16 @@ def report(model, folder, labels, method, layer, positive, held_out, cases, phi,
         if held_out: table = table.iloc[patient_split(table, **split)[1]].reset_index(drop=True)
         click.echo(f'Looking at {len(table)} images ...')
         plain_progress()
-        write(learn, table, part, layers=layer, method=method, positive=positive, n=cases, phi=phi, path=folder, progress=True, title=Path(model).name+(f' on {Path(folder).resolve().name}' if phi else ''))
+        title = Path(model).name
+        if phi: title += f' on {Path(folder).resolve().name}'
+        write(learn, table, part, layers=layer, method=method, positive=positive, n=cases, phi=phi, path=folder,
+            title=title, progress=True)
     click.echo(f'Report in {out}')
 
 # %% ../nbs/api/33_cli.ipynb #c102cda7
 @main.command()
-@click.option('--data', default='phantom', show_default=True, help='phantom, siim, or a folder with train/<label>/*.dcm and labels.csv.')
+@click.option('--data', default='phantom', show_default=True,
+    help='phantom, siim, or a folder with train/<label>/*.dcm and labels.csv.')
 @_recipe
 @_out('demo', 'Folder for the results.')
 def demo(data, seed, out, force, **recipe):
@@ -221,7 +256,10 @@ def demo(data, seed, out, force, **recipe):
     \b
     Example: dicomcam demo --data ~/xrays --out results
     """
-    with _output(out, force) as part: m = run_demo(data, part, seed, **{k: v for k, v in recipe.items() if v is not None})
-    _say(m, ('accuracy', 'auc', 'sensitivity', 'specificity'))
-    if 'pointing_game' in m: click.echo(f'{"pointing":18} {m["pointing_game"]:.2f}  (brightest pixel in the lesion, of the lesions that were found)')
-    click.echo(f'{m["seconds"]["total"]:.0f} seconds. Results in {out}: summary.csv, model.safetensors, metrics.json, heatmaps/, report.html')
+    with _output(out, force) as part: metrics = run_demo(data, part, seed, **_given(recipe))
+    _say(metrics, ('accuracy', 'auc', 'sensitivity', 'specificity'))
+    if 'pointing_game' in metrics:
+        hits = f'{metrics["pointing_game"]:.2f}'
+        click.echo(f'{"pointing":18} {hits}  (brightest pixel in the lesion, of the lesions that were found)')
+    results = 'summary.csv, model.safetensors, metrics.json, heatmaps/, report.html'
+    click.echo(f'{metrics["seconds"]["total"]:.0f} seconds. Results in {out}: {results}')

@@ -1,4 +1,4 @@
-"""TODO
+"""The whole way as one function: summary, classifier, metrics, heatmaps and report of a folder.
 
 Docs: https://dicomcam.github.io/dicomcam/api/demo.html.md"""
 
@@ -8,11 +8,10 @@ Docs: https://dicomcam.github.io/dicomcam/api/demo.html.md"""
 __all__ = ['run_demo']
 
 # %% ../nbs/api/32_demo.ipynb #de03ba1f
-import json, shutil, time
+import json, math, shutil, time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-
-import click
 
 from .files import plain_progress
 
@@ -20,73 +19,97 @@ from .files import plain_progress
 @contextmanager
 def _step(seconds, name, text):
     "Say what is being done, and note how long it took."
-    click.echo(text)
-    start = time.time()
+    print(text, flush=True)
+    start = time.monotonic()
     yield
-    seconds[name] = round(time.time()-start, 1)
+    seconds[name] = round(time.monotonic()-start, 1)
+
+# %% ../nbs/api/32_demo.ipynb #5b844a27
+def _json_value(o):
+    "`o` with None in place of each number that JSON cannot say (RFC 8259 section 6): NaN and the infinities."
+    if isinstance(o, dict): return {k: _json_value(v) for k, v in o.items()}
+    if isinstance(o, (list, tuple)): return [_json_value(v) for v in o]
+    return None if isinstance(o, float) and not math.isfinite(o) else o
 
 # %% ../nbs/api/32_demo.ipynb #e359c097
+def _draw(h, files, masks, out):
+    "A picture of each image in the folder `out`, which is made anew."
+    from matplotlib import pyplot as plt
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    for i, (file, mask) in enumerate(zip(files, masks)):
+        fig = h.show(i, mask=mask)
+        fig.savefig(out/f'{file.stem}.png', dpi=80)
+        plt.close(fig)
+
 def _heatmaps(learn, df, data, out):
     "Grad-CAM of every validation image, a PNG each; the pointing game on the lesions that were found, if any is known."
-    from matplotlib import pyplot as plt
+    from dicomcam.data import lesion_mask
     from dicomcam.gradcam import gradcam
     from dicomcam.layers import fine_stage
-    from dicomcam.results import positive_scores
-    from dicomcam.data import lesion_mask
     from dicomcam.localize import pointing_game
+    from dicomcam.results import positive_scores
     files, positive = df.file.tolist(), learn.dls.vocab[-1]
     h = gradcam(learn, files, layers=fine_stage(learn))
     masks = [lesion_mask(data, o) for o in files]
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    for i, o in enumerate(files):
-        fig = h.show(i, mask=masks[i])
-        fig.savefig(out/f'{o.stem}.png', dpi=80)
-        plt.close(fig)
-    ill = positive_scores(df, positive=positive)[1]
-    masks = [m if ill[i] and h.cls(i) == h.cls(i, positive) else None for i, m in enumerate(masks)]
-    res = dict(layer=h.layers[0], method=h.method, images=len(files))
-    if any(m is not None for m in masks):
-        game = pointing_game(h, masks, positive)
-        res['pointing_game'] = {k: dict(value=r['mean'], low=r['low'], high=r['high'], n=int(r['n'])) for k, r in game.iterrows()}
-    return res
+    _draw(h, files, masks, out)
+    _, has_lesion, _ = positive_scores(df, positive=positive)
+    found = [has_lesion[i] and h.cls(i) == h.cls(i, positive) for i in range(len(files))]
+    masks = [mask if ok else None for mask, ok in zip(masks, found)]
+    about = dict(layer=h.layers[0], method=h.method, images=len(files))
+    if all(o is None for o in masks): return about
+    game = pointing_game(h, masks, positive)
+    rows = {k: dict(value=r['mean'], low=r['low'], high=r['high'], n=int(r['n'])) for k, r in game.iterrows()}
+    return about | dict(pointing_game=rows)
 
 # %% ../nbs/api/32_demo.ipynb #0fa0f4f3
+def _counts(dls):
+    "Images and patients by side and class, as JSON takes them."
+    from dicomcam.batches import split_counts
+    counts = split_counts(dls).astype(object)
+    return {f'{side}, {label}': dict(row) for (side, label), row in counts.iterrows()}
+
+def _training(recipe):
+    "What a person reads while the network is trained."
+    why = '' if recipe['arch'] == 'xresnet50' else ' (no CUDA GPU here, where xresnet50 at 400 pixels would be trained)'
+    return f'Training {recipe["arch"]} at {recipe["size"]} pixels for {recipe["epochs"]} epochs{why} ...'
+
+# %% ../nbs/api/32_demo.ipynb #1e80813c
 def run_demo(
-    data='phantom', # As for `get_data`: 'phantom', 'siim' or a folder
-    out='demo',     # Folder for the results
-    seed=42,        # Seed of the phantom, the split and the training
-    **recipe        # As for `train_learner`
-) -> dict:          # What `metrics.json` holds
-    "Summary, classifier, figures, heatmaps and report of one folder. Writes summary.csv, model.safetensors, metrics.json, heatmaps/*.png and report.html."
+    data:str|Path='phantom', # As for `get_data`: 'phantom', 'siim' or a folder
+    out:str|Path='demo',     # Folder for the results; it may exist
+    seed:int=42,             # Seed of the phantom, the split and the training
+    **recipe,                # As for `train_learner`
+) -> dict: # What `metrics.json` holds, with NaN where that has null
+    """Summary, classifier, metrics, heatmaps and report of one folder. Writes summary.csv, model.safetensors,
+    metrics.json, heatmaps/*.png and report.html. Raises FileNotFoundError or ValueError if the folder will not do."""
     from dicomcam.data import get_data
     from dicomcam.phantom import phantom
     plain_progress()
-    out, secs, start = Path(out), {}, time.time()
-    with _step(secs, 'data', 'Getting the X-rays ...'): data = phantom(seed=seed) if data == 'phantom' else get_data(data)
-    from dicomcam.results import evaluate, predictions
-    from dicomcam.report import report as write
-    from dicomcam.summary import summarize
-    from dicomcam.training import default_recipe, train_learner
+    out, seconds, start = Path(out), {}, time.monotonic()
+    step = partial(_step, seconds)
+    with step('data', 'Getting the X-rays ...'): data = phantom(seed=seed) if data == 'phantom' else get_data(data)
     from dicomcam.labels import label_table
     from dicomcam.models import save_model
-    from dicomcam.batches import split_counts
+    from dicomcam.report import report
+    from dicomcam.results import evaluate, predictions
+    from dicomcam.summary import summarize
+    from dicomcam.training import default_recipe, train_learner
     files = label_table(data, by=None).file.tolist()
     out.mkdir(parents=True, exist_ok=True)
-    with _step(secs, 'summary', f'Reading {len(files)} files ...'): summarize(files).to_csv(out/'summary.csv', index=False)
-    r = {**default_recipe(), **recipe}
-    why = '' if r['arch'] == 'xresnet50' else ' (no CUDA GPU here, where xresnet50 at 400 pixels would be trained)'
-    with _step(secs, 'train', f'Training {r["arch"]} at {r["size"]} pixels for {r["epochs"]} epochs{why} ...'):
-        learn = train_learner(data, seed, **r)
+    with step('summary', f'Reading {len(files)} files ...'): summarize(files).to_csv(out/'summary.csv', index=False)
+    recipe = {**default_recipe(), **recipe}
+    with step('train', _training(recipe)): learn = train_learner(data, seed, **recipe)
     save_model(learn, out/'model.safetensors')
-    with _step(secs, 'evaluate', 'Evaluating ...'):
+    with step('evaluate', 'Evaluating ...'):
         df = predictions(learn)
-        metrics = evaluate(df, positive=learn.dls.vocab[-1])
-    with _step(secs, 'heatmaps', f'Drawing {len(df)} heatmaps ...'): heat = _heatmaps(learn, df, data, out/'heatmaps')
-    with _step(secs, 'report', 'Writing the report ...'): write(learn, fn=out/'report.html', path=data, title='dicomcam demo')
-    counts = {f'{side}, {label}': dict(row) for (side, label), row in split_counts(learn.dls).astype(object).iterrows()}
-    secs['total'] = round(time.time()-start, 1)
-    metrics = dict(data=data.name, seed=seed, recipe={**r, 'bs': learn.dls.bs}, split=counts, **metrics, heatmaps=heat, seconds=secs)
+        results = evaluate(df, positive=learn.dls.vocab[-1])
+    with step('heatmaps', f'Drawing {len(df)} heatmaps ...'): heat = _heatmaps(learn, df, data, out/'heatmaps')
+    with step('report', 'Writing the report ...'): report(learn, fn=out/'report.html', path=data, title='dicomcam demo')
+    seconds['total'] = round(time.monotonic()-start, 1)
+    about = dict(data=data.name, seed=seed, recipe={**recipe, 'bs': learn.dls.bs}, split=_counts(learn.dls))
+    metrics = {**about, **results, 'heatmaps': heat, 'seconds': seconds}
     if 'pointing_game' in heat: metrics['pointing_game'] = heat['pointing_game'][heat['method']]['value']
-    (out/'metrics.json').write_text(json.dumps(metrics, indent=2).replace('NaN', 'null'))
+    text = json.dumps(_json_value(metrics), indent=2, allow_nan=False)
+    (out/'metrics.json').write_text(text, encoding='utf-8')
     return metrics

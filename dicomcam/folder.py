@@ -1,4 +1,4 @@
-"""TODO
+"""Heatmaps of thousands of files as pictures and one table, where a file that cannot be read costs only itself.
 
 Docs: https://dicomcam.github.io/dicomcam/api/folder.html.md"""
 
@@ -9,46 +9,58 @@ __all__ = ['found_files', 'write_heatmaps']
 
 # %% ../nbs/api/31_folder.ipynb #67b38072
 import csv, glob, os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import click
+from .files import progress_bar
 
 # %% ../nbs/api/31_folder.ipynb #1bc858cd
-def found_files(names):
-    "The files that arguments name: files, folders with all DICOM files below, patterns. Raises FileNotFoundError for one that names none."
+def _named(name):
+    "The files that one argument names."
     from dicomcam.summary import find_dicoms
-    files = []
-    for o in names:
-        got = find_dicoms(o) if Path(o).is_dir() else [Path(o)] if Path(o).exists() else [f for f in map(Path, sorted(glob.glob(o, recursive=True))) if f.is_file()]
-        if not got: raise FileNotFoundError(f'{o}: no such file, and no DICOM file in it or like it.')
-        files += got
+    if Path(name).is_dir(): return find_dicoms(name)
+    if Path(name).exists(): return [Path(name)]
+    return [o for o in map(Path, sorted(glob.glob(str(name), recursive=True))) if o.is_file()]
+
+def found_files(
+    names:Iterable[str|Path], # Files, folders with all DICOM files below, patterns such as '**/*.dcm'
+) -> list[Path]: # In the order given, each once
+    "The files that arguments name. Raises FileNotFoundError for one that names none."
+    files: list[Path] = []
+    for name in names:
+        named = _named(name)
+        if not named: raise FileNotFoundError(f'{name}: no such file, and no DICOM file in it or like it.')
+        files += named
     return list(dict.fromkeys(files))
 
+# %% ../nbs/api/31_folder.ipynb #0f7350e1
 def _below(files):
     "Each file's path below the folder that all share, without .dcm unless two would then be one."
     root = os.path.commonpath([o.absolute().parent for o in files])
     names = [o.absolute().relative_to(root) for o in files]
-    short_path = [o.with_name(o.name.removesuffix('.dcm')) for o in names]
-    return short_path if len(set(short_path)) == len(files) else names
+    short = [o.with_name(o.name.removesuffix('.dcm')) for o in names]
+    return short if len(set(short)) == len(files) else names
 
+# %% ../nbs/api/31_folder.ipynb #6b19e74c
 def _each(explain, files, n):
-    "(Heatmaps, number in them, None) of each file, `n` files at a time; where that fails, file by file, and (None, 0, error) for one that cannot be explained."
+    """(Heatmaps, number in them, None) of each file, `n` files at a time; where that fails, file by file, and
+    (None, 0, error) for one that cannot be explained."""
     for batch in (files[k:k+n] for k in range(0, len(files), n)):
-        try: h = explain(batch)
+        try: heatmaps = explain(batch)
         except (OSError, ValueError) as e:
             if n > 1: yield from _each(explain, batch, 1)
             else: yield None, 0, e
-        else: yield from ((h, i, None) for i in range(len(batch)))
+        else: yield from ((heatmaps, i, None) for i in range(len(batch)))
 
 # %% ../nbs/api/31_folder.ipynb #ddf03fe5
 _BOX = 'x', 'y', 'width', 'height', 'peak', 'mass', 'width_mm', 'height_mm'
 
-def _write(h, i, cls, name, dicom):
-    "The picture, and with `dicom` the DICOM objects, of image `i` as files `name`.*; its bright regions."
+def _write(h, i, cls, path, dicom):
+    "Of image `i` the picture, and with `dicom` the DICOM objects, as files `path`.*; its bright regions."
     from matplotlib import pyplot as plt
     from dicomcam.objects import save_sc, save_seg
-    def to(end): return name.with_name(name.name+end)
-    name.parent.mkdir(parents=True, exist_ok=True)
+    def to(end): return path.with_name(path.name+end)
+    path.parent.mkdir(parents=True, exist_ok=True)
     fig = h.show(i, cls)
     fig.savefig(to('.png'), dpi=80)
     plt.close(fig)
@@ -60,19 +72,21 @@ def _write(h, i, cls, name, dicom):
 
 # %% ../nbs/api/31_folder.ipynb #8f79fb20
 def write_heatmaps(
-    folder,   # Where to
-    explain,  # Files -> Heatmaps
-    files, bs,
-    vocab, cls, dicom, # As for `explain`
-    says,     # Beside the progress bar
-) -> dict:    # File -> why it could not be explained
-    "A picture of each file, and heatmaps.csv."
+    folder:Path,      # Where to
+    explain:Callable, # List of files -> `Heatmaps`
+    files:list[Path], # Files to explain
+    vocab:list,       # Classes of the model
+    cls=None,         # Class of the boxes, by name or index; None: the likeliest of each image, and all in the pictures
+    dicom:bool=False, # Also write DICOM objects?
+    bs:int=16,        # Files at a time
+) -> dict: # File -> why it could not be explained
+    "A picture of each file, and heatmaps.csv. An OSError or ValueError is noted there; any other error is raised."
     failed = {}
-    bar = click.progressbar(_each(explain, files, bs), len(files), says, show_pos=True)
-    with open(folder/'heatmaps.csv', 'w', newline='', encoding='utf-8') as f, bar:
+    each = zip(files, _below(files), _each(explain, files, bs))
+    with open(folder/'heatmaps.csv', 'w', newline='', encoding='utf-8') as f:
         table = csv.DictWriter(f, ['file', 'heatmap', *vocab, 'class', *_BOX, 'error'])
         table.writeheader()
-        for (h, i, error), file, name in zip(bar, files, _below(files)):
+        for file, name, (h, i, error) in progress_bar(each, len(files)):
             row = dict(file=file)
             try:
                 if error: raise error
@@ -81,5 +95,5 @@ def write_heatmaps(
             except (OSError, ValueError) as e:
                 failed[file] = ' '.join(str(e).split())
                 table.writerow(row | dict(error=failed[file]))
-            else: table.writerows(row | dict(heatmap=f'{name}.png') | o for o in boxes)
+            else: table.writerows(row | dict(heatmap=f'{name}.png') | box for box in boxes)
     return failed

@@ -1,12 +1,12 @@
 "The commands, run as a person runs them: whole on a small folder, refused in one line, stopped in the middle."
-import csv, json, os, shutil, signal, subprocess, sys, time
+import csv, json, math, os, re, shutil, signal, subprocess, sys
 from pathlib import Path
 
 import numpy as np, pandas as pd, pydicom, pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from dicomcam import cli, folder as folder_
+from dicomcam import cli, demo, folder as folder_
 from dicomcam.cli import main
 from dicomcam.train import dicom_dls, label_table, load_model, patient_split
 
@@ -23,6 +23,15 @@ def here(*args, status=0):
 def one_line(r, *says):
     assert len(r.stderr.splitlines()) == 1 and all(o in r.stderr for o in says), r.stderr
 
+@pytest.fixture(autouse=True)
+def as_before():
+    "A command changes what a process does on SIGTERM, and training's progress bar: not for the tests after it"
+    from fastprogress import fastprogress
+    handler, no_bar = signal.getsignal(signal.SIGTERM), fastprogress.NO_BAR
+    yield
+    signal.signal(signal.SIGTERM, handler)
+    fastprogress.NO_BAR = no_bar
+
 @pytest.fixture(scope='module')
 def model(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp('model')/'m.safetensors'
@@ -34,7 +43,7 @@ def model(folder, tmp_path_factory):
     return out
 
 def check(out, n_valid, vocab):
-    m = json.loads((out/'metrics.json').read_text())
+    m = json.loads((out/'metrics.json').read_text(encoding='utf-8'))
     for k in 'accuracy', 'auc', 'sensitivity', 'specificity': assert m[k]['low'] <= m[k]['value'] <= m[k]['high']
     assert set(m['split']) == {f'{s}, {v}' for s in ('train', 'valid') for v in vocab}
     assert m['images'] == sum(v['images'] for k, v in m['split'].items() if k.startswith('valid')) == n_valid
@@ -42,7 +51,7 @@ def check(out, n_valid, vocab):
     pngs = list((out/'heatmaps').glob('*.png'))
     assert len(pngs) == n_valid and all(Image.open(o).size[0] > 300 for o in pngs)
     assert (out/'model.safetensors').stat().st_size > 1e6
-    assert '</html>' in (out/'report.html').read_text()[-200:]
+    assert '</html>' in (out/'report.html').read_text(encoding='utf-8')[-200:]
     assert sorted(o.name for o in out.iterdir()) == ['heatmaps', 'metrics.json', 'model.safetensors', 'report.html', 'summary.csv']
     return m
 
@@ -66,11 +75,18 @@ def test_demo_on_real_films(xrays, tmp_path):
     assert n in (49, 50)
     check(tmp_path/'out', n, ['No Pneumonia', 'Pneumonia'])
 
-def test_demo_with_three_classes(folder, tmp_path):
-    copy = shutil.copytree(folder, tmp_path/'copy')
-    pd.read_csv(copy/'labels.csv').assign(label=lambda df: [f'c{i%3}' for i in range(len(df))]).to_csv(copy/'labels.csv', index=False)
+def test_demo_with_three_classes_and_names_that_hold_nan(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path/'NaNette')
+    names = ['NaNa', 'c1', 'c2']
+    pd.read_csv(copy/'labels.csv').assign(label=lambda df: [names[i%3] for i in range(len(df))]).to_csv(copy/'labels.csv', index=False)
     here('demo', '--data', copy, '--out', tmp_path/'out', *small)
-    assert json.loads((tmp_path/'out'/'metrics.json').read_text())['positive'] == 'c2'
+    m = json.loads((tmp_path/'out'/'metrics.json').read_text(encoding='utf-8'), parse_constant=pytest.fail) # NaN is not JSON
+    assert m['positive'] == 'c2' and m['data'] == 'NaNette'
+    assert {o.split(', ')[1] for o in m['split']} == set(names)
+
+def test_what_is_not_known_is_null_in_metrics_json():
+    known = dict(auc=np.float64(np.nan), low=[-math.inf, 0.5], name='NaN', n=3, none=None)
+    assert demo._json_value(known) == dict(auc=None, low=[None, 0.5], name='NaN', n=3, none=None)
 
 @pytest.mark.parametrize('spoil, says', [
     (lambda p: shutil.rmtree(p), 'folder'),
@@ -121,17 +137,26 @@ def test_what_is_there_stays_and_what_fails_leaves_nothing(tmp_path):
     (tmp_path/'empty').mkdir()
     with cli._output(tmp_path/'empty', False) as part: part.mkdir()
 
+@pytest.fixture(scope='module')
+def many(folder, tmp_path_factory):
+    "20000 X-rays (30, each under many names): no command is through with them before a test can stop it"
+    out = tmp_path_factory.mktemp('many')
+    files = sorted((folder/'train').rglob('*.dcm'))
+    for k in range(20000): os.link(files[k%len(files)], out/f'{k}.dcm')
+    return out
+
 @pytest.mark.posix
 @pytest.mark.parametrize('when, sig', [('train', signal.SIGINT), ('explain', signal.SIGINT), ('explain', signal.SIGTERM), ('summary', signal.SIGINT)])
-def test_ctrl_c_leaves_nothing_and_exits_130(folder, model, tmp_path, when, sig):
-    args, sign = dict(train=(['train', folder, *small[:4], '--epochs', '9999'], 'Training'), explain=(['explain', model, *[f'{folder}/train/*/*']], 'Heatmaps of'),
-                      summary=(['summary', folder, '--out', 'x.csv'], 'Reading'))[when]
+def test_ctrl_c_leaves_nothing_and_exits_130(folder, many, model, tmp_path, when, sig):
+    args, sign = dict(train=(['train', folder, *small[:4], '--epochs', '999999'], 'train_loss'), # the head of fastai's table
+                      explain=(['explain', model, many], 'Heatmaps of'), summary=(['summary', many, '--out', 'x.csv'], 'Reading'))[when]
     p = subprocess.Popen([sys.executable, '-u', '-m', 'dicomcam', *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) # which a shell's background jobs lack
-    while sign not in (line := p.stdout.readline()): assert line, p.stderr.read()
-    if when == 'train': time.sleep(3)
-    p.send_signal(sig)
-    out, err = p.communicate(timeout=60)
+    try:
+        while sign not in (line := p.stdout.readline()): assert line, p.stderr.read()
+        p.send_signal(sig)
+        out, err = p.communicate(timeout=300)
+    finally: p.kill()
     assert p.returncode == 130 and err == 'dicomcam: stopped; nothing half-written is left.\n', err
     assert not list(tmp_path.iterdir())
 
@@ -174,7 +199,7 @@ def test_train_on_three_classes_tells_of_each(folder, tmp_path):
 # explain
 
 def rows(out):
-    with open(out/'heatmaps.csv') as f: return list(csv.DictReader(f))
+    with open(out/'heatmaps.csv', encoding='utf-8') as f: return list(csv.DictReader(f))
 
 def test_explain_tells_what_the_heatmaps_tell(folder, model, tmp_path):
     from dicomcam.gradcam import gradcam
@@ -250,13 +275,16 @@ def test_a_terminal_sees_progress_and_time_left(folder, model, tmp_path):
     import pty
     files, seen = sorted((folder/'train').rglob('*.dcm'))[:4], []
     master, slave = pty.openpty()
-    p = subprocess.Popen([sys.executable, '-m', 'dicomcam', 'explain', str(model), *map(str, files), '--bs', '1', '--out', str(tmp_path/'maps')], stdout=slave, stderr=slave, env={**os.environ, 'TERM': 'xterm', 'COLUMNS': '100'})
+    command = [sys.executable, '-m', 'dicomcam', 'explain', str(model), *map(str, files), '--bs', '1', '--out', str(tmp_path/'maps')]
+    p = subprocess.Popen(command, stdout=slave, stderr=slave, env={**os.environ, 'TERM': 'xterm', 'COLUMNS': '100'})
     os.close(slave)
     try:
         while data := os.read(master, 1024): seen.append(data)
     except OSError: pass # the other end is closed
+    os.close(master)
     text = b''.join(seen).decode()
-    assert p.wait() == 0 and '2/4  00:00:' in text and '4/4' in text, text
+    assert p.wait() == 0 and 'Heatmaps of layer' in text, text
+    for n in range(1, 5): assert re.search(rf'\[{n}/4 (\d+:)?\d\d:\d\d<(\d+:)?\d\d:\d\d\]', text), text # done, of how many, for how long<how long still
 
 # report
 
@@ -265,7 +293,7 @@ def test_report(folder, model, tmp_path):
     table = label_table(folder)
     n = len(patient_split(table)[1])
     assert f'Looking at {n} images' in r.stdout and r.stdout.splitlines()[-1] == f'Report in {tmp_path/"r.html"}'
-    text = (tmp_path/'r.html').read_text()
+    text = (tmp_path/'r.html').read_text(encoding='utf-8')
     assert '<h1>m.safetensors</h1>' in text and folder.name not in text.split('</h1>')[0] and not any(o in text for o in table.group) # no PatientID
     one_line(here('report', model, folder, '--out', tmp_path/'r.html', status=2), 'is there already')
     pd.read_csv(folder/'labels.csv').replace('Pneumothorax', 'Flu').to_csv(tmp_path/'flu.csv', index=False)
