@@ -64,10 +64,10 @@ def interval_text(
 
 # %% ../nbs/api/18_intervals.ipynb #6e68f215
 def mean_interval(
-    values,      # One value an image
-    n:int=2000,  # Draws
-    seed:int=42, # Of the draws
-) -> tuple:      # Mean, low, high
+    values:np.ndarray, # One value an image, or a list
+    n:int=2000,        # Draws
+    seed:int=42,       # Of the draws
+) -> tuple:            # Mean, low, high
     "Mean of one value an image, and its 95 % percentile bootstrap interval."
     values = np.asarray(values, float)
     means = np.random.default_rng(seed).choice(values, (n, len(values))).mean(1)

@@ -9,6 +9,8 @@ __all__ = ['plot_scores', 'plot_confusion', 'plot_band', 'plot_roc', 'plot_pr', 
            'plot_top_losses']
 
 # %% ../nbs/api/21_plots.ipynb #cba314f1
+from typing import Any, Callable
+
 import numpy as np, pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -19,6 +21,7 @@ from .labels import label_text
 from .intervals import (average_precision, fewest_patients, interval, interval_text, patient_resamples,
     roc_area, roc_counts)
 from .results import predictions
+from fastai.learner import Learner
 
 # %% ../nbs/api/21_plots.ipynb #3d993901
 def _axes(ax, width, height):
@@ -27,11 +30,11 @@ def _axes(ax, width, height):
 
 # %% ../nbs/api/21_plots.ipynb #77579550
 def plot_scores(
-    y,                                # (n,) bool: is the label the positive class?
-    p,                                # (n,) score of the positive class
-    ax:Axes=None,                     # Axes to draw on; None: new ones
-    classes=('negative', 'positive'), # What to call the two
-    threshold:float=0.5,              # Drawn as a line
+    y:np.ndarray,                           # (n,) bool: is the label the positive class?
+    p:np.ndarray,                           # (n,) score of the positive class
+    ax:Axes=None,                           # Axes to draw on; None: new ones
+    classes:tuple=('negative', 'positive'), # What to call the two
+    threshold:float=0.5,                    # Drawn as a line
 ) -> Axes:
     "Histogram of the scores, one for each class."
     ax, y, p = _axes(ax, 6, 3), np.asarray(y, bool), np.asarray(p)
@@ -43,13 +46,11 @@ def plot_scores(
 
 # %% ../nbs/api/21_plots.ipynb #3c970e7f
 def plot_confusion(
-    y,                                # (n,) bool: is the label the positive class? For more than two classes
-                                      # (n,) int, the position of the label's class
-    p,                                # (n,) score of the positive class; for more than two classes (n, classes),
-                                      # of which the largest counts
-    ax:Axes=None,                     # Axes to draw on; None: new ones
-    classes=('negative', 'positive'), # What to call them
-    threshold:float=0.5,              # From which score on an image is called positive
+    y:np.ndarray,                           # (n,) bool: is it the positive class? Of more classes: which one
+    p:np.ndarray,                           # (n,) score of that class; (n, classes), of which the largest counts
+    ax:Axes=None,                           # Axes to draw on; None: new ones
+    classes:tuple=('negative', 'positive'), # What to call them
+    threshold:float=0.5,                    # From which score on an image is called positive
 ) -> Axes:
     "Confusion matrix: counts, and the share of each row."
     y, p = np.asarray(y).astype(int), np.asarray(p)
@@ -78,9 +79,9 @@ def _curves(y, p, patient, n_resamples, seed):
     return tp, fp, fewest_patients(patient, y, ~y)
 
 def plot_band(
-    x,       # (m,) places on the x axis
-    curves,  # (n, m): the height of each resampled curve there, NaN where it has none
-    ax:Axes, # Axes to draw on
+    x:np.ndarray, # (m,) places on the x axis
+    curves:list,  # (n, m): the height of each resampled curve there, NaN where it has none
+    ax:Axes,      # Axes to draw on
 ) -> Axes:
     "The middle 95 % of resampled curves."
     low, high = np.nanpercentile(curves, [2.5, 97.5], axis=0)
@@ -90,13 +91,13 @@ def plot_band(
 # %% ../nbs/api/21_plots.ipynb #2ea87af1
 @np.errstate(invalid='ignore')
 def plot_roc(
-    y,                    # (n,) bool: is the label the positive class?
-    p,                    # (n,) score of the positive class
-    ax:Axes=None,         # Axes to draw on; None: new ones
-    patient=None,         # (n,) whose image it is, for the band; None: each image is a patient of its own
-    threshold:float=0.5,  # Marked on the curve
-    n_resamples:int=1000, # Bootstrap resamples
-    seed:int=42,          # Of the resampling
+    y:np.ndarray,            # (n,) bool: is the label the positive class?
+    p:np.ndarray,            # (n,) score of the positive class
+    ax:Axes=None,            # Axes to draw on; None: new ones
+    patient:np.ndarray=None, # (n,) whose image it is, for the band; None: each image is a patient of its own
+    threshold:float=0.5,     # Marked on the curve
+    n_resamples:int=1000,    # Bootstrap resamples
+    seed:int=42,             # Of the resampling
 ) -> Axes:
     "ROC curve with its area and 95 % band, by patient, and the point of one threshold."
     ax, y, p = _axes(ax, 4.5, 4.5), np.asarray(y, bool), np.asarray(p)
@@ -114,13 +115,13 @@ def plot_roc(
 # %% ../nbs/api/21_plots.ipynb #00756c68
 @np.errstate(invalid='ignore')
 def plot_pr(
-    y,                    # (n,) bool: is the label the positive class?
-    p,                    # (n,) score of the positive class
-    ax:Axes=None,         # Axes to draw on; None: new ones
-    patient=None,         # (n,) whose image it is, for the band; None: each image is a patient of its own
-    threshold:float=0.5,  # Marked on the curve
-    n_resamples:int=1000, # Bootstrap resamples
-    seed:int=42,          # Of the resampling
+    y:np.ndarray,            # (n,) bool: is the label the positive class?
+    p:np.ndarray,            # (n,) score of the positive class
+    ax:Axes=None,            # Axes to draw on; None: new ones
+    patient:np.ndarray=None, # (n,) whose image it is, for the band; None: each image is a patient of its own
+    threshold:float=0.5,     # Marked on the curve
+    n_resamples:int=1000,    # Bootstrap resamples
+    seed:int=42,             # Of the resampling
 ) -> Axes:
     "Precision-recall curve with its average precision and 95 % band, by patient, and the point of one threshold."
     ax, y, p = _axes(ax, 4.5, 4.5), np.asarray(y, bool), np.asarray(p)
@@ -130,7 +131,7 @@ def plot_pr(
     label = interval_text('average precision', interval(average_precision(tp, fp)))
     ax.step(recall[0], precision[0], where='pre', label=label)
     at = [np.searchsorted(r, _GRID).clip(max=len(r)-1) for r in recall[1:]]
-    plot_band(_GRID, np.take_along_axis(precision[1:], np.array(at), axis=1), ax)
+    plot_band(_GRID, [q[places] for q, places in zip(precision[1:], at)], ax)
     ax.axhline(y.mean(), ls=':', c='gray', label='a coin')
     called = p >= threshold
     if called.any(): ax.plot(called[y].mean(), y[called].mean(), 'o', label=f'threshold {threshold:.2f}')
@@ -141,10 +142,10 @@ def plot_pr(
 
 # %% ../nbs/api/21_plots.ipynb #efb71e0b
 def plot_calibration(
-    y,             # (n,) bool: is the label the positive class?
-    p,             # (n,) score of the positive class
-    ax:Axes=None,  # Axes to draw on; None: new ones
-    bins:int=10,   # Of equal width
+    y:np.ndarray, # (n,) bool: is the label the positive class?
+    p:np.ndarray, # (n,) score of the positive class
+    ax:Axes=None, # Axes to draw on; None: new ones
+    bins:int=10,  # Of equal width
 ) -> Axes:
     """Reliability diagram: share of positives against mean score, bin by bin, with 95 % intervals (Wilson's, as if each
     image were a patient of its own)."""
@@ -179,11 +180,11 @@ def plot_subgroups(
 
 # %% ../nbs/api/21_plots.ipynb #7dd85e50
 def plot_top_losses(
-    learn,       # Learner
-    explain,     # What makes `Heatmaps`: `cam`, `gradcam`, or one with options, `partial(gradcam, layers=-6)`
-    k:int=9,     # How many images
-    items=None,  # As for `predictions`
-    ncols:int=3, # Images in a row
+    learn:Learner,    # What makes the predictions
+    explain:Callable, # What makes `Heatmaps`: `cam`, `gradcam`, or one with options, `partial(gradcam, layers=-6)`
+    k:int=9,          # How many images
+    items:Any=None,   # As for `predictions`
+    ncols:int=3,      # Images in a row
 ) -> Figure:
     """The images of largest loss, each beside the heatmap of the class that was predicted; above it label and loss.
     Raises ValueError where no label is known."""

@@ -11,6 +11,7 @@ __all__ = ['known_table', 'predictions', 'as_predictions', 'prediction_classes',
 # %% ../nbs/api/19_results.ipynb #32d32483
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np, pandas as pd
 from sklearn.metrics import roc_curve
@@ -20,6 +21,7 @@ from .labels import has_class, is_multi, label_classes, patient_ids, positive_cl
 from .batches import setup_of
 from .intervals import average_precision, fewest_patients, interval, patient_resamples, roc_area, roc_counts
 from fastai.data.load import DataLoader
+from fastai.learner import Learner
 
 # %% ../nbs/api/19_results.ipynb #52bf918e
 def _batches(learn, items):
@@ -41,8 +43,8 @@ def _named(targets, vocab):
 
 # %% ../nbs/api/19_results.ipynb #db0362e7
 def known_table(
-    learn,          # Learner
-) -> pd.DataFrame:  # As `label_table` gives, with `is_valid`; None where nothing is known, after `load_model` say
+    learn:Learner, # From `dicom_learner`, or any
+) -> pd.DataFrame: # As `label_table` gives, with `is_valid`; None where nothing is known, after `load_model` say
     "All labelled images that a learner was made with, those for training too."
     setup = setup_of(learn.dls)
     return None if setup is None else setup.table
@@ -70,11 +72,10 @@ def _losses(labels, probs, vocab):
 
 # %% ../nbs/api/19_results.ipynb #4f58f113
 def predictions(
-    learn,                # Learner, from `dicom_learner` or `load_model`
-    items=None,           # None: the validation set; a table with columns file and label, as `label_table` gives;
-                          # a DataLoader; a path, or a list of paths
-    progress:bool=False,  # Show a bar with the time left?
-) -> pd.DataFrame:        # Columns file, label, patient, loss, and one a class: its probability
+    learn:Learner,       # From `dicom_learner` or `load_model`
+    items:Any=None,      # None: the validation set; a table, from `label_table`; a DataLoader; a path, or several
+    progress:bool=False, # Show a bar with the time left?
+) -> pd.DataFrame:       # Columns file, label, patient, loss, and one a class: its probability
     """What the network says of each image, beside what is known of it. Label and loss are missing where nobody knows
     them. Raises ValueError for a label that the network has not learnt, and where there are no images."""
     vocab, dl = list(learn.dls.vocab), _batches(learn, items)
@@ -92,9 +93,9 @@ def predictions(
 
 # %% ../nbs/api/19_results.ipynb #8613e906
 def as_predictions(
-    learn,         # Learner, or what `predictions` gave
-    items=None,    # As for `predictions`
-) -> pd.DataFrame: # As from `predictions`
+    learn:Learner|pd.DataFrame, # Learner, or what `predictions` gave
+    items:Any=None,             # As for `predictions`
+) -> pd.DataFrame:              # As from `predictions`
     "The table of predictions; a table is taken as it is."
     return learn if isinstance(learn, pd.DataFrame) else predictions(learn, items)
 
@@ -119,10 +120,10 @@ def positive_class(
 
 # %% ../nbs/api/19_results.ipynb #3e37f6fe
 def positive_scores(
-    learn,             # Learner, or what `predictions` gave
-    items=None,        # As for `predictions`
-    positive:str=None, # Class that counts as positive; None: the last of two
-) -> tuple:            # Arrays (n,): probability of that class, whether it is the label, patient
+    learn:Learner|pd.DataFrame, # Learner, or what `predictions` gave
+    items:Any=None,             # As for `predictions`
+    positive:str=None,          # Class that counts as positive; None: the last of two
+) -> tuple:                     # Arrays (n,): probability of that class, whether it is the label, patient
     "Score, truth and patient of each image. Raises ValueError as `positive_class` does."
     df = as_predictions(learn, items)
     cls = positive_class(df, positive)
@@ -196,18 +197,17 @@ def _metrics(y, p, called, patient, n_resamples, seed):
 
 # %% ../nbs/api/19_results.ipynb #f676159b
 def evaluate(
-    learn,                # Learner, or what `predictions` gave
-    items=None,           # As for `predictions`
-    positive:str=None,    # Class that counts as positive; None: the last of two
-    threshold=0.5,        # From which score on an image is called positive; or 'youden', or ('sensitivity', 0.9):
-                          # chosen on other patients than it is scored on
-    n_resamples:int=1000, # Bootstrap resamples
-    seed:int=42,          # Of the resampling, and of the parts on which the threshold is chosen
-) -> dict:                # Metric -> dict(value, low, high); also images, patients, positive,
-                          # and threshold, the one to use from now on
+    learn:Learner|pd.DataFrame,    # Learner, or what `predictions` gave
+    items:Any=None,                # As for `predictions`
+    positive:str=None,             # Class that counts as positive; None: the last of two
+    threshold:float|str|tuple=0.5, # From which score on an image is positive; or 'youden', or ('sensitivity', 0.9)
+    n_resamples:int=1000,          # Bootstrap resamples
+    seed:int=42,                   # Of the resampling, and of the parts on which the threshold is chosen
+) -> dict:                         # Metric -> dict(value, low, high); images, patients, positive, threshold to use
     """accuracy, auc, average_precision, sensitivity, specificity, ppv, npv, brier, calibration_error, each with its
     95 % bootstrap interval, resampled by patient; exact binomial for a perfect share. NaN is what cannot be known from
-    these images. Raises ValueError for unlabelled images, and for a class or a threshold that makes no sense."""
+    these images. A threshold that is not given as a number is chosen on other patients than it is scored on. Raises
+    ValueError for unlabelled images, and for a class or a threshold that makes no sense."""
     df = as_predictions(learn, items)
     positive = positive_class(df, positive)
     p, y, patient = positive_scores(df, positive=positive)

@@ -9,6 +9,7 @@ __all__ = ['ELEMENTS', 'header_auc', 'subgroups']
 
 # %% ../nbs/api/20_subgroups.ipynb #4e52fcd0
 import warnings
+from typing import Any
 
 import numpy as np, pandas as pd
 from sklearn.linear_model import LogisticRegression
@@ -20,6 +21,7 @@ from .summary import summarize
 from .labels import has_class
 from .intervals import fewest_patients, interval, interval_text, patient_resamples, roc_area, roc_counts
 from .results import as_predictions, known_table, positive_class, positive_scores
+from fastai.learner import Learner
 
 # %% ../nbs/api/20_subgroups.ipynb #bea5292c
 ELEMENTS = 'PatientSex', 'PatientAge', 'ViewPosition', 'Modality', 'Manufacturer'
@@ -54,12 +56,12 @@ def _mean_auc(y, p, weights, folds):
 
 # %% ../nbs/api/20_subgroups.ipynb #702f10ec
 def header_auc(
-    table:pd.DataFrame,   # Columns file, label, and group or patient: from `label_table` or `predictions`
-    positive:str,         # Class that counts as positive
-    elements=ELEMENTS,    # DICOM keywords
-    n_resamples:int=1000, # Bootstrap resamples
-    seed:int=42,          # Of the resampling and of the folds
-) -> pd.DataFrame:        # Index: element; columns value, low, high
+    table:pd.DataFrame,      # Columns file, label, and group or patient: from `label_table` or `predictions`
+    positive:str,            # Class that counts as positive
+    elements:tuple=ELEMENTS, # DICOM keywords
+    n_resamples:int=1000,    # Bootstrap resamples
+    seed:int=42,             # Of the resampling and of the folds
+) -> pd.DataFrame:           # Index: element; columns value, low, high
     """ROC AUC of the label predicted from one header element: logistic regression, mean over five folds by patient.
     Warns where it is 0.55 or more and its 95 % interval lies above 0.5. Elements that do not vary are left out."""
     y = has_class(table.label, positive).to_numpy(bool)
@@ -83,16 +85,14 @@ def _auc(y, p, patient, n_resamples, seed):
 
 # %% ../nbs/api/20_subgroups.ipynb #bdba6693
 def subgroups(
-    learn,                   # Learner, or what `predictions` gave
-    items=None,              # As for `predictions`
-    positive:str=None,       # Class that counts as positive; None: the last of two
-    elements=ELEMENTS,       # DICOM keywords
-    n_resamples:int=1000,    # Bootstrap resamples
-    seed:int=42,             # Of the resampling
-    table:pd.DataFrame=None, # Labelled images on which the header alone is tried; None: all that a Learner knows, those
-                             # for training too; where `items` are given, or predictions, these
-) -> pd.DataFrame:           # Index: element, value; columns images, patients, positives, rate, auc, low, high,
-                             # header_auc
+    learn:Learner|pd.DataFrame, # Learner, or what `predictions` gave
+    items:Any=None,             # As for `predictions`
+    positive:str=None,          # Class that counts as positive; None: the last of two
+    elements:tuple=ELEMENTS,    # DICOM keywords
+    n_resamples:int=1000,       # Bootstrap resamples
+    seed:int=42,                # Of the resampling
+    table:pd.DataFrame=None,    # On which the header alone is tried; None: all that a Learner knows, else those above
+) -> pd.DataFrame:              # Index: element, value; images, patients, positives, rate, auc, low, high, header_auc
     """Results by what the header has, with 95 % intervals, AUC NaN where there is one class only; and how well the
     element alone predicts the label (`header_auc`). Raises ValueError as `positive_class` does."""
     df = as_predictions(learn, items)
