@@ -171,6 +171,26 @@ def test_two_processes_one_folder(cache):
     assert all(p.returncode==0 for p in ps), out
     assert len({o[0] for o in out})==1 and len(list(cache.iterdir()))==1 and len(list(cache.rglob('*.dcm')))==6
 
+@pytest.mark.parametrize('late', [False, True])
+def test_another_process_was_faster(cache, monkeypatch, late):
+    "Its phantom stays, untouched: this one's is thrown away, whether it came in time to be seen or in the very last moment"
+    make, is_phantom = phantom_._make, phantom_._is_phantom
+    out, asked = cache/f'phantom-{phantom_._VERSION}-2-32-42', []
+    def other(part, *args):
+        make(part, *args)
+        monkeypatch.setattr(phantom_, '_make', make)
+        phantom(n=2, size=32, n_jobs=1, progress=False)
+        (out/'labels.csv').write_text('the first one')
+    def blind(folder, key):
+        asked.append(folder)
+        return len(asked) != 4 and is_phantom(folder, key) # the fourth look is that before the renaming
+    monkeypatch.setattr(phantom_, '_make', other)
+    if late:
+        monkeypatch.setattr(phantom_, '_is_phantom', blind)
+        monkeypatch.setattr(phantom_, 'remove', lambda path: None) # it was not there to be seen, hence not removed either
+    assert phantom(n=2, size=32, n_jobs=1, progress=False)==out
+    assert (out/'labels.csv').read_text()=='the first one' and [o.name for o in cache.iterdir()]==[out.name]
+
 def test_dest(small, tmp_path):
     (tmp_path/'empty').mkdir(); (tmp_path/'mine').mkdir(); (tmp_path/'mine'/'thesis.txt').write_text('x')
     assert len(list(phantom(tmp_path/'empty', n=2, size=32, progress=False).rglob('*.dcm')))==2
