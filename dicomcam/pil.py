@@ -33,7 +33,7 @@ class PILDicom(PILBase):
         fn,        # Path, bytes, `Dataset`, PIL image, or array (integers over their type's range, floats in [0, 1])
         mode=None, # 'F' or 'RGB' for images all of one kind; None: as the file is
         **kwargs   # `frame`, `window`, `size`, `max_pixels` of `dicom_pixels`
-    ):             # `PILDicom`
+    ) -> 'PILDicom':
         "Open a DICOM image, with the pixels of `dicom_pixels`. Raises `DicomError`."
         if isinstance(fn, Image.Image): return cls(fn.convert(mode) if mode else fn)
         if not isinstance(fn, np.ndarray): x = dicom_pixels(fn, **kwargs)
@@ -45,11 +45,16 @@ class PILDicom(PILBase):
 # %% ../nbs/api/04_pil.ipynb #f02dcbe9
 @ToTensor
 def encodes(self, o:PILDicom):
+    "An image becomes a `TensorDicom` (c, h, w)."
     t = image2tensor(o)
     return TensorDicom(t if t.is_floating_point() else t.float()/255)
 
 @IntToFloatTensor
-def encodes(self, o:TensorDicom): return o
+def encodes(self, o:TensorDicom):
+    "Floats stay as they are."
+    return o
 
 @IntToFloatTensor
-def decodes(self, o:TensorDicom): return o.clamp(0, 1)
+def decodes(self, o:TensorDicom):
+    "For pictures: augmentation may have left the range."
+    return o.clamp(0, 1)
