@@ -39,7 +39,7 @@ class PILDicom(PILBase):
         if not isinstance(fn, np.ndarray): x = dicom_pixels(fn, **kwargs)
         else: x = fn/np.iinfo(fn.dtype).max if fn.dtype.kind in 'iu' else fn
         if x.ndim == 2 and mode == 'RGB': x = np.repeat(x[..., None], 3, -1)
-        if x.ndim == 3 and mode == 'F': x = x @ np.float32([.299, .587, .114])
+        if x.ndim == 3 and mode == 'F': x = x @ np.array([.299, .587, .114], np.float32)
         return cls(Image.fromarray(np.float32(x) if x.ndim == 2 else np.uint8(np.round(x*255))))
 
 # %% ../nbs/api/04_pil.ipynb #f02dcbe9
