@@ -2,7 +2,6 @@
 dicomcam's win."""
 from fastai.vision.all import *
 from fastai.medical.imaging import *
-from dicomcam.files import *
 from dicomcam.read import *
 from dicomcam.decode import *
 from dicomcam.pixels import *
