@@ -66,7 +66,7 @@ def _check_labels(labels, vocab):
 
 def _losses(labels, probs, vocab):
     "-log p of the label; where an image may have several, the mean over the classes."
-    is_class = np.column_stack([has_class(labels, cls) for cls in vocab]).astype(bool)
+    is_class = np.column_stack([has_class(labels, cls) for cls in vocab])
     if not is_multi(labels): return -np.log(probs[is_class].clip(1e-12))
     return -np.log(np.where(is_class, probs, 1-probs).clip(1e-12)).mean(1)
 
@@ -82,7 +82,9 @@ def predictions(
     with nullcontext() if progress else learn.no_bar(): probs, targets = learn.get_preds(dl=dl)
     probs, files = probs.double().numpy(), [Path(o) for o in dl.items]
     if isinstance(items, pd.DataFrame): table, labels = items, items.get('label')
-    else: table, labels = known_table(learn), None if targets is None else _named(targets, vocab)
+    else:
+        table = known_table(learn)
+        labels = None if targets is None else _named(targets, vocab)
 
     df = pd.DataFrame(dict(file=files, label=None, patient=_patients(files, table), loss=np.nan))
     if labels is not None:
