@@ -36,7 +36,8 @@ if __name__ == '__main__':
     if not args.check:
         from nbdev.clean import nbdev_clean
         os.environ.pop('IN_TEST', None)
-    os.environ['PYTHONWARNINGS'] = 'ignore::FutureWarning:torch.jit._script' # where fastai is imported; nothing that a reader can mend
+    # torch warns of torch.jit.script where fastai is imported: nothing that a reader can mend
+    os.environ['PYTHONWARNINGS'] = 'ignore::FutureWarning:torch.jit._script'
     for fn in fns:
         start = time.time()
         nb = run(fn)
