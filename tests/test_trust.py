@@ -1,9 +1,9 @@
 "Measures against values worked out by hand; baselines; weights that are put back"
 import numpy as np, pytest, torch
 from scipy.stats import bootstrap
-from test_cam import batch, lively, make, same, state
+from test_cam import batch, make, same, state
+from tiny import TinyNet
 from torch import nn
-from torchvision.models import resnet18
 
 from dicomcam.cam import Heatmaps
 from dicomcam.gradcam import gradcam
@@ -65,8 +65,8 @@ def test_all_measures_of_several_maps_beside_the_baselines():
     assert ((t.low <= t['mean']) & (t['mean'] <= t.high)).all()
 
 def test_baselines_know_nothing_of_the_model():
-    torch.manual_seed(0)
-    a, b = [gradcam(make(n), batch(3)) for n in ('resnet18', 'xresnet18')]
+    a, b = [gradcam(TinyNet(3, seed, c_in=3), batch(3)) for seed in (0, 1)]
+    assert not torch.equal(a.maps, b.maps)
     for p, q in zip(baselines(a), baselines(b)): assert torch.equal(p.maps, q.maps) and p.maps.shape == (3, 3, 1, 96, 96)
     centre, noise, edges = baselines(a)
     top = centre.maps[0, 0, 0].argmax().item()
@@ -123,7 +123,7 @@ def test_steps_from_one_image_to_the_other():
     assert tied.sum() == 10 and 0 < tied[:2].sum() < 10 # ties at random, not from the top
 
 def test_deletion_of_a_class_asked_for_by_itself():
-    net, x = make('resnet18'), batch(2)
+    net, x = TinyNet(3, c_in=3).train(), batch(2)
     before = state(net)
     alone, all3 = gradcam(net, x, classes=2), gradcam(net, x)
     assert deletion(net, alone, 2, steps=4).loc['gradcam', 'mean'] == pytest.approx(deletion(net, all3, 2, steps=4).loc['gradcam', 'mean'])
@@ -132,11 +132,12 @@ def test_deletion_of_a_class_asked_for_by_itself():
 # weights drawn anew
 
 def test_randomized_goes_from_the_top_down_and_puts_all_back():
-    net = make('resnet18')
-    before, changed = state(net), []
-    for n in randomized(net): changed.append((n, sorted({k.split('.')[0] for k, v in net.state_dict().items() if not torch.equal(v, before[4][k])})))
-    assert [n for n, _ in changed] == ['fc', 'layer4', 'layer3', 'layer2', 'layer1', 'bn1', 'conv1']
-    assert [len(c) for _, c in changed] == [1, 2, 3, 4, 5, 6, 7] and changed[1][1] == ['fc', 'layer4']
+    net = TinyNet(3, c_in=3)
+    before, changed, children = state(net), [], ['11', '7', '6', '5', '4', '2', '1', '0']
+    for n in randomized(net):
+        other = {k.split('.')[0] for k, v in net.state_dict().items() if not torch.equal(v, before[4][k])}
+        changed.append((n, other))
+    assert changed == [(n, set(children[:i])) for i, n in enumerate(children, 1)]
     assert same(state(net), before)
     for n in randomized(net): break
     assert same(state(net), before)
@@ -151,11 +152,11 @@ def test_randomized_weights_are_as_wide_as_the_trained():
     assert all(drawn[k] == pytest.approx(wide[k], rel=.1) for k in wide if net.get_parameter(k).numel() > 1000)
 
 def test_randomization_tells_a_map_that_does_not_care():
-    net, x = make('resnet18'), batch(4)
+    net, x = TinyNet(3, c_in=3), batch(4)
     before = state(net)
-    r = randomization(net, x, 1, 'layer1', 'eigencam')
-    assert (r.loc[['from fc on', 'from layer4 on', 'from layer2 on'], 'mean'] > 1-1e-9).all() # these lie above the layer
-    assert r.loc['from layer1 on', 'mean'] < .99 and (r.n == 4).all()
-    g = randomization(net, x, 1, 'layer3', 'gradcam')
-    assert abs(g.loc['from layer4 on', 'mean']) < 1 and abs(g.loc['noise', 'mean']) < .1
+    r = randomization(net, x, 1, '4', 'eigencam')
+    assert (r.loc[['from 11 on', 'from 7 on', 'from 5 on'], 'mean'] > 1-1e-9).all() # these lie above the layer
+    assert r.loc['from 4 on', 'mean'] < .99 and (r.n == 4).all()
+    g = randomization(net, x, 1, '6', 'gradcam')
+    assert abs(g.loc['from 7 on', 'mean']) < 1 and abs(g.loc['noise', 'mean']) < .1
     assert same(state(net), before)
