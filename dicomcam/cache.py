@@ -48,7 +48,7 @@ class ImageCache:
         self.root = None if folder is False else Path(folder or cache_folder('images'))
         self.dir = (self.root or Path())/f'{version("dicomcam")}-{size}-{method}'
         self.fingerprints = {} # file -> stamp, fingerprint
-        self.stored = 0
+        self.stored, self.full = 0, False
 
     def __call__(self, fn) -> TensorDicom:
         levels = np.asarray(self.levels(fn))
