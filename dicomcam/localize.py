@@ -86,7 +86,7 @@ def localization(
             for measure in measures:
                 values[o.method, o.layers[j], measure].append(MEASURES[measure](heat, mask, near, at))
     index = ['map', 'layer', 'measure']
-    rows = [(*k, *mean_interval(v), len(v)) for k, v in values.items()]
+    rows = [(*k, *mean_interval(np.array(v)), len(v)) for k, v in values.items()]
     return pd.DataFrame(rows, columns=[*index, 'mean', 'low', 'high', 'n']).set_index(index)
 
 # %% ../nbs/api/27_localize.ipynb #11a27b01
