@@ -1,4 +1,4 @@
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 import warnings as _w
 # torch >= 2.15 warns about torch.jit.script wherever fastai is imported; nothing that a user of either can mend
