@@ -52,7 +52,7 @@ def _recorder_state(recorder):
 def _set_recorder(recorder, state):
     "The other way."
     recorder.lrs, recorder.losses, recorder.iters = state['lrs'], state['losses'], state['iters']
-    recorder.smooth_loss.count, recorder.smooth_loss.val = state['count'], state['val'].cpu()
+    recorder.smooth_loss.count, recorder.smooth_loss.val = state['count'], state['val']
 
 def _rng_state(loader):
     "The state of all random number generators."
@@ -65,8 +65,8 @@ def _set_rng(loader, state):
     random.setstate(state['python'])
     np.random.set_state(state['numpy'])
     loader.rng.setstate(state['loader'])
-    torch.set_rng_state(state['torch'].cpu())
-    if state['cuda']: torch.cuda.set_rng_state_all([o.cpu() for o in state['cuda']])
+    torch.set_rng_state(state['torch'])
+    if state['cuda']: torch.cuda.set_rng_state_all(state['cuda'])
 
 # %% ../nbs/api/18_checkpoints.ipynb #chk-class
 class Checkpoint(Callback):

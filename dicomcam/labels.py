@@ -75,8 +75,7 @@ def _column(df, col, src):
 
 def _split_text(text, delim):
     "'b | a' -> ('a', 'b')"
-    parts = (part.strip() for part in text.split(delim))
-    return tuple(sorted(part for part in parts if part))
+    return tuple(sorted(part.strip() for part in text.split(delim) if part.strip()))
 
 def _labels(df, label_col, label_delim, src):
     "A str for each image, or a tuple of str where an image may have several labels or none."
@@ -94,8 +93,8 @@ def _raw_table(path, labels):
     "The table of files and labels as a person gave it, and what to call it in an error."
     if labels is None:
         files = sorted(path.rglob('*.dcm'))
-        folders = [file.parent.name for file in files]
-        return pd.DataFrame(dict(file=files, label=folders)), f'{path} (labels from folder names)'
+        raw = pd.DataFrame(dict(file=files, label=[file.parent.name for file in files]))
+        return raw, f'{path} (labels from folder names)'
     if isinstance(labels, pd.DataFrame): raw, src = labels.reset_index(drop=True), 'the dataframe'
     else:
         src = path/labels
@@ -185,9 +184,8 @@ def patient_split(
         raise ValueError(f'Class {rare!r} has one patient only, who cannot be on both sides of the split. '
             'Add patients, or drop the class.')
     n = max(2, min(round(1/valid_pct), patients[rare]))
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(action='ignore', category=UserWarning):
         # scikit-learn warns of combinations of labels that are rarer than folds; each label is looked at below
-        warnings.simplefilter('ignore', UserWarning)
         folds = StratifiedGroupKFold(n, shuffle=True, random_state=seed).split(df, df.label.map(str), df.group)
         for train, valid in folds:
             if all(has.iloc[side].any() for has in having.values() for side in (train, valid)): return train, valid
