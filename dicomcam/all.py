@@ -1,5 +1,6 @@
 """All of dicomcam, and fastai's vision and medical imaging below it: `from dicomcam.all import *`. Where names meet,
 dicomcam's win."""
+import dicomcam
 from fastai.vision.all import *
 from fastai.medical.imaging import *
 from dicomcam.phi import *
