@@ -34,25 +34,14 @@ def _fingerprint(fn):
     "32 hexadecimal digits of a file's content."
     with open(fn, 'rb') as f: return hashlib.file_digest(f, partial(hashlib.blake2b, digest_size=16)).hexdigest()
 
-# %% ../nbs/api/15_cache.ipynb #a9c482f9
-class ImageCache:
-    """Shrunk images, decoded once, on the disk. Called with a file (or anything that `PILDicom.create` takes), gives
-    its `TensorDicom` (1, size, size) in [0, 1]."""
-    def __init__(self,
-        size:int,         # Side of the square, pixels
-        method:str='pad', # How a non-square image becomes square: 'pad' (black), 'crop' or 'squish'
-        folder=None,      # Where; None: `images` in dicomcam's cache folder; False: nothing is kept
-        limit:float=20e9, # Bytes that the folder may hold, all sizes together; what was used longest ago goes first
-    ):
-        self.size, self.method, self.limit = size, method, limit
-        self.root = None if folder is False else Path(folder or cache_folder('images'))
-        self.dir = (self.root or Path())/f'{version("dicomcam")}-{size}-{method}'
+# %% ../nbs/api/15_cache.ipynb #f7289f2e
+class _Folder:
+    "Files of one folder that may hold `limit` bytes, each named by the content of the film that it was made from."
+    def __init__(self, root, name, limit):
+        self.root, self.limit = root, limit
+        self.dir = (root or Path())/name
         self.fingerprints = {} # file -> stamp, fingerprint
         self.stored, self.full = 0, False
-
-    def __call__(self, fn) -> TensorDicom:
-        levels = np.asarray(self.levels(fn))
-        return TensorDicom(torch.from_numpy(levels*np.float32(1/65535))[None])
 
     def where(self,
         fn:str|Path, # DICOM file
@@ -62,18 +51,6 @@ class ImageCache:
         if fn not in self.fingerprints or self.fingerprints[fn][0] != stamp:
             self.fingerprints[fn] = stamp, _fingerprint(fn)
         return self.dir/f'{self.fingerprints[fn][1]}.u16'
-
-    def levels(self,
-        fn, # As for a call
-    ) -> np.ndarray: # uint16, (size, size)
-        "From the cache, or decoded and put there."
-        if self.root is None or not isinstance(fn, (str, Path)): return fit_image(fn, self.size, self.method)
-        kept = self.where(fn)
-        try: return np.memmap(kept, np.uint16, 'r', shape=(self.size, self.size))
-        except (OSError, ValueError): # not there, or too short
-            levels = fit_image(fn, self.size, self.method)
-            self.store(kept, levels)
-            return levels
 
     def store(self,
         kept:Path,         # From `where`
@@ -105,6 +82,36 @@ class ImageCache:
         "Delete what is cached, of all sizes; with `keep` only until `limit` is kept, what was used longest ago first."
         if keep is None: evict(self.held(), -1)
         else: evict(self.held(), self.limit, keep)
+
+# %% ../nbs/api/15_cache.ipynb #a9c482f9
+class ImageCache(_Folder):
+    """Shrunk images, decoded once, on the disk. Called with a file (or anything that `PILDicom.create` takes), gives
+    its `TensorDicom` (1, size, size) in [0, 1]."""
+    def __init__(self,
+        size:int,         # Side of the square, pixels
+        method:str='pad', # How a non-square image becomes square: 'pad' (black), 'crop' or 'squish'
+        folder=None,      # Where; None: `images` in dicomcam's cache folder; False: nothing is kept
+        limit:float=20e9, # Bytes that the folder may hold, all sizes together; what was used longest ago goes first
+    ):
+        root = None if folder is False else Path(folder or cache_folder('images'))
+        super().__init__(root, f'{version("dicomcam")}-{size}-{method}', limit)
+        self.size, self.method = size, method
+
+    def __call__(self, fn) -> TensorDicom:
+        levels = np.asarray(self.levels(fn))
+        return TensorDicom(torch.from_numpy(levels*np.float32(1/65535))[None])
+
+    def levels(self,
+        fn, # As for a call
+    ) -> np.ndarray: # uint16, (size, size)
+        "From the cache, or decoded and put there."
+        if self.root is None or not isinstance(fn, (str, Path)): return fit_image(fn, self.size, self.method)
+        kept = self.where(fn)
+        try: return np.memmap(kept, np.uint16, 'r', shape=(self.size, self.size))
+        except (OSError, ValueError): # not there, or too short
+            levels = fit_image(fn, self.size, self.method)
+            self.store(kept, levels)
+            return levels
 
     def fill(self,
         files, # DICOM files

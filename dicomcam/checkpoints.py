@@ -68,6 +68,23 @@ def _set_rng(loader, state):
     torch.set_rng_state(state['torch'])
     if state['cuda']: torch.cuda.set_rng_state_all(state['cuda'])
 
+# %% ../nbs/api/18_checkpoints.ipynb #508cbc9e
+def _shuffler(dls):
+    "Whose generator shuffles: where there are several processes, fastai wraps the training's DataLoader."
+    return dls.train.dl if num_distrib() > 1 else dls.train
+
+def _training_state(learn):
+    "What it takes to go on after the epoch that has just ended."
+    return dict(epoch=learn.epoch+1, epochs=learn.n_epoch, model=bare_model(learn).state_dict(),
+        opt=learn.opt.state_dict(), recorder=_recorder_state(learn.recorder), rng=_rng_state(_shuffler(learn.dls)))
+
+def _other_training(state, learn, epochs):
+    "In what a checkpoint differs from the training that is asked for; None: in nothing."
+    kept, now = ({name: weights.shape for name, weights in o.items()}
+        for o in (state['model'], bare_model(learn).state_dict()))
+    if kept != now: return 'of another network'
+    if state['epochs'] != epochs: return f'of {state["epochs"]} epochs, not of {epochs}'
+
 # %% ../nbs/api/18_checkpoints.ipynb #chk-class
 class Checkpoint(Callback):
     "After each epoch, writes to `fn` what it takes to go on; with `resume`, goes on from there."
@@ -80,23 +97,13 @@ class Checkpoint(Callback):
         self.state = _read_checkpoint(self.fn) if resume and self.fn.is_file() else None
         self.start = self.state['epoch'] if self.state else 0
 
-    @property
-    def loader(self):
-        "Whose generator shuffles: where there are several processes, fastai wraps the training's DataLoader."
-        train = self.dls.train
-        return train.dl if num_distrib() > 1 else train
-
     def check(self,
         learn:Learner, # What is to be trained
         epochs:int,    # For how long
     ):
         "Raise ValueError if the checkpoint is of another training."
-        if not self.state: return
-        kept, now = ({name: weights.shape for name, weights in state.items()}
-            for state in (self.state['model'], bare_model(learn).state_dict()))
-        if kept != now: what = 'of another network'
-        elif self.state['epochs'] != epochs: what = f'of {self.state["epochs"]} epochs, not of {epochs}'
-        else: return
+        what = self.state and _other_training(self.state, learn, epochs)
+        if not what: return
         raise ValueError(f'{self.fn}: a checkpoint {what}. Ask for the same training, or delete it to start anew.')
 
     def before_fit(self):
@@ -112,14 +119,12 @@ class Checkpoint(Callback):
             raise CancelEpochException
         if self.start and self.epoch == self.start:
             _set_recorder(self.recorder, self.state['recorder'])
-            _set_rng(self.loader, self.state['rng'])
+            _set_rng(_shuffler(self.dls), self.state['rng'])
 
     def after_epoch(self):
         "Write the checkpoint, in one process. If that fails, the one before it remains, and training goes on."
         if self.epoch < self.start or rank_distrib() or hasattr(self.learn, 'lr_finder'): return
-        state = dict(epoch=self.epoch+1, epochs=self.n_epoch,
-            model=bare_model(self.learn).state_dict(), opt=self.opt.state_dict(),
-            recorder=_recorder_state(self.recorder), rng=_rng_state(self.loader))
+        state = _training_state(self.learn)
         try:
             with whole(self.fn) as part: torch.save(_plain(state), part)
         except (OSError, RuntimeError) as e:
