@@ -9,11 +9,11 @@ __all__ = ['main', 'summary', 'train', 'explain', 'report', 'demo', 'run_demo']
 
 # %% ../nbs/api/37_cli.ipynb #d14a73e8
 import os, signal, warnings
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import click
+from fastcore.basics import compose
 
 from . import __version__
 from .files import plain_progress, whole
@@ -51,7 +51,6 @@ def main(debug):
     warnings.showwarning = lambda message, *_: click.echo(f'dicomcam: {message}', err=True)
 
 # %% ../nbs/api/37_cli.ipynb #b3e3517d
-@contextmanager
 def _output(
     out,   # File or folder
     force, # Replace what is there?
@@ -61,15 +60,12 @@ def _output(
     empty = path.is_dir() and not any(path.iterdir())
     if path.exists() and not empty and not force:
         raise FileExistsError(f'{out}: is there already. Name another place with --out, or pass --force to replace it.')
-    with whole(path) as part: yield part
+    return whole(path)
 
 # %% ../nbs/api/37_cli.ipynb #72941d28
 def _options(*options):
     "Several options as one decorator."
-    def put(f):
-        for o in reversed(options): f = o(f)
-        return f
-    return put
+    return compose(*reversed(options))
 
 def _out(default, text):
     "Where the results go."
@@ -208,8 +204,7 @@ def explain(model, files, method, layer, cls, dicom, bs, out, force):
             first = next(iter(failed.values()))
             raise ValueError(f'None of the {len(files)} files could be explained, the first because: {first}')
     for file, why in failed.items(): click.echo(why if str(file) in why else f'{file}: {why}', err=True)
-    explained = len(files)-len(failed)
-    click.echo(f'{explained} of {len(files)} explained. Results in {out}: heatmaps.csv and the pictures')
+    click.echo(f'{len(files)-len(failed)} of {len(files)} explained. Results in {out}: heatmaps.csv and the pictures')
     if failed: click.get_current_context().exit(1)
 
 # %% ../nbs/api/37_cli.ipynb #528dd768

@@ -33,9 +33,9 @@ def _reachable(url, timeout):
     def ask():
         try:
             urlopen(Request(url, method='HEAD'), timeout=timeout).close()
-            answers.append(True)
-        except HTTPError: answers.append(True)
-        except OSError: pass
+        except HTTPError: pass # an answer too
+        except OSError: return
+        answers.append(True)
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(timeout)
@@ -58,7 +58,7 @@ def siim_small(
     before = socket.getdefaulttimeout()
     try:
         socket.setdefaulttimeout(timeout)
-        return Path(untar_data(url))
+        return untar_data(url)
     except Exception as e: # the network, a full disk, a damaged archive
         why = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise DownloadError(f'SIIM_SMALL could not be had from {url} ({why}): {cure}') from e

@@ -66,7 +66,7 @@ def pixel_options(
 # %% ../nbs/api/02_decode.ipynb #62671400
 _PLUGIN_FOR = uid.JPEGExtended12Bit, uid.JPEGLossless, uid.JPEGLosslessSV1
 
-DECODER_DEPENDENCIES = {o: ('imagecodecs (pip install "dicomcam[codecs]")',) for o in _PLUGIN_FOR}
+DECODER_DEPENDENCIES = dict.fromkeys(_PLUGIN_FOR, ('imagecodecs (pip install "dicomcam[codecs]")',))
 
 def is_available(
     ts:uid.UID, # A transfer syntax
@@ -123,8 +123,7 @@ def _by(shape): return '{} x {} x {}'.format(*shape)
 
 def _coded_frame(data, o, frame):
     "The compressed bytes of one frame, of the size that the header says."
-    offsets = o.get('extended_offsets')
-    src = get_frame(data, frame, number_of_frames=o['number_of_frames'], extended_offsets=offsets)
+    src = get_frame(data, frame, number_of_frames=o['number_of_frames'], extended_offsets=o.get('extended_offsets'))
     claimed, coded = (o['rows'], o['columns'], o['samples_per_pixel']), _coded_shape(src)
     if coded and coded[0] and coded != claimed: # JPEG may give the number of rows later, and 0 here
         raise DicomError(f'its codestream is {_by(coded)}, its header says {_by(claimed)}')

@@ -59,15 +59,15 @@ def _heatmaps(learn, df, data, out):
     about = dict(layer=h.layers[0], method=h.method, images=len(files))
     if all(o is None for o in masks): return about
     game = pointing_game(h, masks, positive)
-    rows = {k: dict(value=r['mean'], low=r['low'], high=r['high'], n=int(r['n'])) for k, r in game.iterrows()}
-    return about | dict(pointing_game=rows)
+    columns = game.rename(columns=dict(mean='value'))[['value', 'low', 'high', 'n']]
+    return about | dict(pointing_game=columns.to_dict('index'))
 
 # %% ../nbs/api/36_demo.ipynb #0fa0f4f3
 def _counts(dls):
     "Images and patients by side and class, as JSON takes them."
     from dicomcam.batches import split_counts
-    counts = split_counts(dls).astype(object)
-    return {f'{side}, {label}': dict(row) for (side, label), row in counts.iterrows()}
+    counts = split_counts(dls).to_dict('index')
+    return {f'{side}, {label}': row for (side, label), row in counts.items()}
 
 def _training(recipe):
     "What a person reads while the network is trained."

@@ -12,6 +12,8 @@ import csv, glob, os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from fastcore.basics import chunked
+
 from .files import progress_bar
 
 # %% ../nbs/api/35_folder.ipynb #1bc858cd
@@ -45,7 +47,7 @@ def _below(files):
 def _each(explain, files, n):
     """(Heatmaps, number in them, None) of each file, `n` files at a time; where that fails, file by file, and
     (None, 0, error) for one that cannot be explained."""
-    for batch in (files[k:k+n] for k in range(0, len(files), n)):
+    for batch in chunked(files, n):
         try: heatmaps = explain(batch)
         except (OSError, ValueError) as e:
             if n > 1: yield from _each(explain, batch, 1)

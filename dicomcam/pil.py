@@ -26,7 +26,6 @@ class PILDicom(PILBase):
     "fastai's image type for DICOM files: grey in full bit depth (mode 'F', in [0, 1]), colour as 8-bit RGB."
     _tensor_cls = TensorDicom
     _show_args = TensorDicom._show_args
-    _open_args: dict = {}
 
     @classmethod
     def create(cls,

@@ -108,12 +108,12 @@ def _file_window(h, i):
     return (width, center, function) if np.isfinite(width+center) and width >= least else None
 
 # %% ../nbs/api/03_pixels.ipynb #852e847b
-def _percentiles(x, n, qs=(.5, 99.5)):
-    "Percentiles of the values `x` that occur `n` times each; if they are equal, the least and the largest that occur."
+def _percentiles(x, n):
+    "The 0.5th and 99.5th percentile of values `x` that occur `n` times each; if equal, the least and the largest."
     order = np.argsort(x)
     below = np.cumsum(n[order])
     if not below[-1]: return 0., 1.
-    low, high = (x[order][np.searchsorted(below, q/100*below[-1])] for q in qs)
+    low, high = (x[order][np.searchsorted(below, q/100*below[-1])] for q in (.5, 99.5))
     if low == high: low, high = x[n>0].min(), x[n>0].max()
     return low, high
 

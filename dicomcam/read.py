@@ -158,9 +158,10 @@ def element_values(
     for k in keywords:
         tag = BaseTag(tag_for_keyword(k) or 0)
         if tag not in entries: continue
-        try: values[k] = element(ds, tag, entries[tag]).value
-        except Exception: pass # damaged: as if it were not there
-    return {k: v for k, v in values.items() if v not in (None, '')}
+        try: value = element(ds, tag, entries[tag]).value
+        except Exception: continue # damaged: as if it were not there
+        if value not in (None, ''): values[k] = value
+    return values
 
 # %% ../nbs/api/01_read.ipynb #6137eab6
 def transfer_syntax(

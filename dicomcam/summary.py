@@ -10,9 +10,11 @@ __all__ = ['MAX_VALUES', 'MAX_TEXT', 'find_dicoms', 'column_name', 'years', 'hea
 # %% ../nbs/api/12_summary.ipynb #d3d15ff4
 import json, logging, math, os, re, stat, threading, warnings
 from contextlib import contextmanager
-from functools import partial, reduce
+from functools import cache, partial, reduce
+from itertools import chain
 from pathlib import Path
 
+from fastcore.basics import chunked
 from joblib import Parallel, delayed, effective_n_jobs
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from pydicom.datadict import keyword_for_tag
@@ -61,17 +63,14 @@ def find_dicoms(
     return _listed(path, ds.DirectoryRecordSequence) if 'DirectoryRecordSequence' in ds else [path]
 
 # %% ../nbs/api/12_summary.ipynb #e472eb15
-_NAMES: dict = {} # of the public elements that were met, by tag
-
+@cache
 def _public_name(tag):
     "The name of the column of a public element, by its number."
-    if tag not in _NAMES:
-        group, elem = tag>>16, tag&0xffff
-        keyword = keyword_for_tag(tag)
-        repeats = keyword and group>>8 in (0x50, 0x60) and group&0xff
-        name = keyword or f'({group:04X},{elem:04X})'
-        _NAMES[tag] = f'{name} ({group:04X})' if repeats else name
-    return _NAMES[tag]
+    group, elem = tag>>16, tag&0xffff
+    keyword = keyword_for_tag(tag)
+    repeats = keyword and group>>8 in (0x50, 0x60) and group&0xff
+    name = keyword or f'({group:04X},{elem:04X})'
+    return f'{name} ({group:04X})' if repeats else name
 
 def column_name(
     elem:DataElement,
@@ -118,8 +117,9 @@ def _cells(name, elem, phi):
     if vr == 'SQ':
         text = json.dumps([header_row(o, phi)[0] for o in value or []], ensure_ascii=False)
         return {name: text if len(text) <= MAX_TEXT else f'{len(value)} items'}
-    if isinstance(value, (bytes, str)) or not hasattr(value, '__len__'): return {name: _scalar(value, vr)}
-    if vr == 'PN' and elem.VM <= 1: return {name: _scalar(value, vr)} # a name has a length: that of its text
+    single = isinstance(value, (bytes, str)) or not hasattr(value, '__len__')
+    if vr == 'PN' and elem.VM <= 1: single = True # a name has a length: that of its text
+    if single: return {name: _scalar(value, vr)}
     values = [_scalar(o, vr) for o in value]
     if len(values) > MAX_VALUES: return {f'Multi{name}': 1, name: json.dumps(values)[:MAX_TEXT]}
     return {f'Multi{name}': 1} | {f'{name}{i or ""}': o for i, o in enumerate(values)}
@@ -249,20 +249,10 @@ def _batches(job, batches, n_jobs):
 # %% ../nbs/api/12_summary.ipynb #97f02e0d
 _PIXEL_COLUMNS = ['img_min', 'img_max', 'img_mean', 'img_std', 'img_pct_window']
 
-def _frames(batches):
-    "Data frames of about a thousand rows each, from lists of rows."
+def _table(batches, pixels, phi):
+    "One frame of lists of rows: header columns first, then those of `summarize`."
     import pandas as pd
-    rows = []
-    for batch in batches:
-        rows += batch
-        if len(rows) < 1000: continue
-        yield pd.DataFrame(rows)
-        rows = []
-    if rows: yield pd.DataFrame(rows)
-
-def _table(frames, pixels, phi):
-    "One frame: header columns first, then those of `summarize`."
-    import pandas as pd
+    frames = [pd.DataFrame(rows) for rows in chunked(chain.from_iterable(batches), 1000)]
     df = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
     uid = df.get('SOPInstanceUID', pd.Series(None, df.index, dtype=object))
     duplicate = uid.notna() & uid.duplicated(keep=False)
@@ -271,7 +261,7 @@ def _table(frames, pixels, phi):
     first = [o for o in df.columns if o not in last and (phi or o != 'SOPInstanceUID')]
     df = df.reindex(columns=first+last)
     for o in df:
-        mixed = pd.api.types.infer_dtype(df[o], skipna=True).startswith('mixed')
+        mixed = pd.api.types.infer_dtype(df[o]).startswith('mixed')
         if mixed: df[o] = df[o].map(str, na_action='ignore')
     return df
 
@@ -289,8 +279,8 @@ def summarize(
     incomplete. `duplicate` tells files of one `SOPInstanceUID`, `warnings` how often pydicom warned of a value."""
     files = find_dicoms(files) if isinstance(files, (str, Path)) else list(files)
     size = max(1, min(32, len(files)//(4*effective_n_jobs(n_jobs))))
-    batches = [files[i:i+size] for i in range(0, len(files), size)]
+    batches = list(chunked(files, size))
     job = partial(_rows, pixels=pixels, window=window, phi=phi, max_pixels=max_pixels)
     results = _batches(job, batches, n_jobs)
     if progress: results = progress_bar(results, len(batches))
-    return _table(list(_frames(results)), pixels, phi)
+    return _table(results, pixels, phi)
