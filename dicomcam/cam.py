@@ -8,9 +8,6 @@ Docs: https://dicomcam.github.io/dicomcam/api/cam.html.md"""
 __all__ = ['cam', 'upsample', 'positive', 'to_unit', 'Heatmaps', 'as_found', 'outputs_of', 'layer_name']
 
 # %% ../nbs/api/28_cam.ipynb #04ff5d86
-from collections.abc import Callable
-from pathlib import Path
-
 import torch
 from torch import nn
 
@@ -40,8 +37,8 @@ def _cam_batch(c, xb, classes):
     tol = 1e-3 if xb.dtype == torch.float32 else 3e-2
     act = _pooled(acts[layer].detach().float(), head, given, scores, tol)
     if act is None:
-        needs = 'CAM needs global average pooling and one linear layer right after the last convolutional stage'
-        raise ValueError(f'{needs}, here {layer}; this model has another head. Use gradcam, which takes any.')
+        raise ValueError('CAM needs global average pooling and one linear layer right after the last convolutional '
+            f'stage, here {layer}; this model has another head. Use gradcam, which takes any.')
     weight = head.weight.float()
     if len(weight) == 1: weight = torch.cat([-weight, weight])
     chosen = c.positions(classes, len(weight))
@@ -50,9 +47,9 @@ def _cam_batch(c, xb, classes):
 # %% ../nbs/api/28_cam.ipynb #0fe81ae0
 def cam(
     learn_or_model:Learner|nn.Module, # Ends in global average pooling and one linear layer
-    items:str|Path|list|torch.Tensor, # A path, a list of paths, or a batch (n, c, h, w) as the network takes it
+    items,                            # A path, a list of paths, or a batch (n, c, h, w) as the network takes it
     classes:str|int|list|None=None,   # Names or indices; None: all
-    act:Callable=None,                # From scores to probabilities; None: what `Classifier` takes
+    act=None,                         # From scores to probabilities; None: what `Classifier` takes
 ) -> Heatmaps:                        # One layer, the last convolutional stage; raw maps in units of the score
     """Class activation maps (Zhou et al. 2016) of all `classes` from one forward pass a batch.
 

@@ -9,7 +9,7 @@ __all__ = ['as_found', 'outputs_of', 'inputs_of', 'two_sided', 'check_batch', 'C
 
 # %% ../nbs/api/27_explain.ipynb #c8239360
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastai.torch_core import no_random
 from fastai.vision.augment import CropPad, RandomResizedCrop, RatioResize, Resize, ResizeMethod
+from fastcore.basics import nested_attr
 from torch import nn
 
 from .view import Placement, View
@@ -36,7 +37,7 @@ def as_found(
     with no_random(reproducible=False), torch.inference_mode(False), torch.enable_grad():
         try:
             model.eval()
-            for p, _ in grads: p.requires_grad_(False)
+            model.requires_grad_(False)
             yield
         finally:
             for m, was in modes: m.training = was
@@ -68,10 +69,8 @@ def inputs_of(
     "A list that forward passes inside fill with what the module was given."
     given = []
     def keep(module, inp): given.append(inp[0])
-    hook = module.register_forward_pre_hook(keep) if module is not None else None
-    try: yield given
-    finally:
-        if hook: hook.remove()
+    hook = nullcontext() if module is None else module.register_forward_pre_hook(keep)
+    with hook: yield given
 
 # %% ../nbs/api/27_explain.ipynb #expc0001
 def two_sided(
@@ -94,7 +93,7 @@ def _check_files(items, learn):
     if learn is None:
         raise ValueError('Paths need a Learner, whose transforms make batches of them. '
             'To a plain nn.Module pass a batch (n, c, h, w).')
-    files = [Path(o) for o in ([items] if isinstance(items, Path) else as_list(items))]
+    files = [Path(o) for o in as_list(items)]
     if not files: raise ValueError('No items: pass a path, a list of paths or a batch (n, c, h, w).')
     gone = [o for o in files if not o.is_file()]
     if gone: raise FileNotFoundError(f'{gone[0]}: no such file ({len(gone)} of {len(files)} are missing).')
@@ -107,14 +106,13 @@ class Classifier:
     "A fastai Learner or an `nn.Module`, and what is asked of it: batches, scores, probabilities, names of classes."
     def __init__(self,
         learn_or_model:Learner|nn.Module,
-        act:Callable|None=None, # From scores to probabilities; None: what the Learner's loss has, else softmax
+        act:Callable=None, # From scores to probabilities; None: what the Learner's loss has, else softmax
     ):
         self.learn:Any = learn_or_model if isinstance(learn_or_model, Learner) else None
         model = self.learn.model if self.learn else learn_or_model
         self.model = model.module if isinstance(model, _WRAPPERS) else model
-        of_loss = getattr(self.learn.loss_func, 'activation', None) if self.learn else None
-        self.act = act or of_loss or partial(torch.softmax, dim=-1)
-        self.vocab = getattr(self.learn.dls, 'vocab', None) if self.learn else None
+        self.act = act or nested_attr(self.learn, 'loss_func.activation') or partial(torch.softmax, dim=-1)
+        self.vocab = nested_attr(self.learn, 'dls.vocab')
 
     def scores(self, xb:torch.Tensor) -> torch.Tensor:
         "Class scores of one forward pass, (n, classes) in float32, before softmax or sigmoid."
@@ -123,11 +121,11 @@ class Classifier:
         except torch.OutOfMemoryError: raise
         except RuntimeError as e:
             raise ValueError(f'The model cannot take a batch of shape {tuple(xb.shape)}: {e}') from e
-        is_score = isinstance(out, torch.Tensor) and out.ndim in (1, 2) and len(out) == n
-        if is_score: return out.float().reshape(n, -1)
+        if isinstance(out, torch.Tensor) and out.ndim in (1, 2) and len(out) == n:
+            return out.float().reshape(n, -1)
         got = f'shape {tuple(out.shape)}' if isinstance(out, torch.Tensor) else type(out).__name__
-        wanted = f'Wanted class scores ({n}, classes) from the model, got {got}.'
-        raise ValueError(f'{wanted} Wrap it in a module that returns the scores alone.')
+        raise ValueError(f'Wanted class scores ({n}, classes) from the model, got {got}. '
+            'Wrap it in a module that returns the scores alone.')
 
     def probs(self, scores:torch.Tensor) -> torch.Tensor:
         "Probabilities of scores (n, classes); a single logit gives those of two classes."
@@ -137,18 +135,17 @@ class Classifier:
         "Names of `k` classes: the vocabulary, if it is of that length, else numbers."
         return list(self.vocab) if self.vocab is not None and len(self.vocab) == k else list(range(k))
 
-    def positions(self, classes:Any, k:int) -> list[int]:
+    def positions(self, classes, k:int) -> list[int]:
         "Positions, among `k`, of the classes asked for; None: all."
         if classes is None and k > 20:
             raise ValueError(f'The model has {k} classes. Say which ones you want: classes=[...].')
         names = self.names(k)
         return [find_class(o, names) for o in (names if classes is None else as_list(classes))]
 
-    def batches(self, items:Any) -> tuple[list[Path]|None, Iterator[torch.Tensor]]:
+    def batches(self, items) -> tuple[list[Path]|None, Iterator[torch.Tensor]]:
         "The files (None for a batch) and an iterator over batches, of the model's device and dtype."
-        in_hand = isinstance(items, torch.Tensor)
-        files = None if in_hand else _check_files(items, self.learn)
-        xs = [check_batch(items)] if in_hand else (b[0] for b in self.learn.dls.test_dl(files, num_workers=0))
+        files = None if isinstance(items, torch.Tensor) else _check_files(items, self.learn)
+        xs = (b[0] for b in self.learn.dls.test_dl(files, num_workers=0)) if files else [check_batch(items)]
         like = next(self.model.parameters())
         return files, (x.as_subclass(torch.Tensor).detach().clone().to(like.device, like.dtype) for x in xs)
 
@@ -176,7 +173,7 @@ class _Resized(Placement):
 
 # %% ../nbs/api/27_explain.ipynb #expc0004
 def view_of(
-    dls:Any,      # DataLoaders of `dicom_dls`, `load_model` or anybody else
+    dls,          # DataLoaders of `dicom_dls`, `load_model` or anybody else
 ) -> Placement:   # For `Heatmaps`
     "How these dataloaders make the network's input of an image."
     setup = setup_of(dls)
@@ -185,12 +182,12 @@ def view_of(
 # %% ../nbs/api/27_explain.ipynb #expc0005
 def explain(
     learn_or_model:Learner|nn.Module,
-    items:Any,           # A path, a list of paths, or a batch (n, c, h, w) as the network takes it
+    items,               # A path, a list of paths, or a batch (n, c, h, w) as the network takes it
     maps_of:Callable,    # (Classifier, batch, classes) -> raw maps of each layer, scores, names of the layers
     method:str,          # What to call it
-    classes:Any=None,    # Names or indices; None: all
-    act:Callable|None=None,     # From scores to probabilities; see `Classifier`
-    asked:Sequence|None=None,   # Layers as the caller gave them
+    classes=None,        # Names or indices; None: all
+    act:Callable=None,   # From scores to probabilities; see `Classifier`
+    asked:Sequence=None, # Layers as the caller gave them
 ) -> Heatmaps:
     "`Heatmaps` of `items`, batch by batch. The model is left as it was found."
     classifier, parts = Classifier(learn_or_model, act), []
@@ -213,5 +210,5 @@ def explain(
 
 def _normalize(learn):
     "fastai's `Normalize`, if there is a Learner whose batches go through it."
-    if learn is None: return None
-    return next((o for o in learn.dls.valid.after_batch.fs if isinstance(o, Normalize)), None)
+    transforms = nested_attr(learn, 'dls.valid.after_batch.fs', [])
+    return next((o for o in transforms if isinstance(o, Normalize)), None)

@@ -8,8 +8,7 @@ Docs: https://dicomcam.github.io/dicomcam/api/faithful.html.md"""
 __all__ = ['steps_between', 'deletion', 'insertion', 'randomized', 'randomization']
 
 # %% ../nbs/api/31_faithful.ipynb #65f09841
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np, pandas as pd, torch
 from scipy.stats import spearmanr
@@ -23,7 +22,6 @@ from .heatmaps import Heatmaps
 from .explain import Classifier, as_found
 from .gradcam import gradcam
 from .localize import baselines, beside_baselines
-from fastai.learner import Learner
 from fastai.torch_core import no_random, to_np
 
 # %% ../nbs/api/31_faithful.ipynb #49dce08a
@@ -47,22 +45,18 @@ def steps_between(
     "Images on the way from `start` to `end`, a few pixels more at each step."
     at_random = np.random.default_rng(0).random(heat.size)
     order = torch.as_tensor(np.lexsort((at_random, -heat.ravel())))
-    rank = torch.empty(heat.size)
-    rank[order] = torch.arange(heat.size)/heat.size
+    rank = order.argsort()/heat.size
     share = torch.linspace(0, 1, steps+1)[:, None, None, None]
     return torch.where(rank.view(heat.shape) < share, end, start)
 
 # %% ../nbs/api/31_faithful.ipynb #4faa13f7
-def _ranked(h, cls, layer):
-    "(map, layer) -> maps (n, h, w), by whose brightness pixels are changed: those of `h`, and the baselines."
-    k = h.cls(0, cls)
-    return {(o.method, o.layers[j]): positive(o.maps[:, k, j]) for o, j in beside_baselines(h, layer)}
-
 def _area(insert, learn_or_model, h, cls, layer, steps, fill, act):
     "Mean area under the score's curve, and interval, for each map and the baselines."
     if fill not in _FILLS: raise ValueError(f'No fill {fill!r}; there are {", ".join(_FILLS)}.')
-    c, maps = Classifier(learn_or_model, act), _ranked(h, cls, layer)
-    like, name = next(c.model.parameters()), h.classes[h.cls(0, cls)]
+    c = Classifier(learn_or_model, act)
+    like = next(c.model.parameters())
+    k = h.cls(0, cls)
+    maps = {(o.method, o.layers[j]): positive(o.maps[:, k, j]) for o, j in beside_baselines(h, layer)}
     areas = {o: [] for o in maps}
     with as_found(c.model), torch.no_grad():
         for i, image in enumerate(h.inputs):
@@ -71,20 +65,20 @@ def _area(insert, learn_or_model, h, cls, layer, steps, fill, act):
             for o, m in maps.items():
                 films = steps_between(start, end, to_np(m[i]), steps).to(like.device, like.dtype)
                 probs = c.probs(c.scores(films)).float().cpu()
-                k, = c.positions([name], probs.shape[1])
-                areas[o].append(torch.trapezoid(probs[:, k], dx=1/steps).item())
+                column, = c.positions([h.classes[k]], probs.shape[1])
+                areas[o].append(torch.trapezoid(probs[:, column], dx=1/steps).item())
     rows = [(*o, *mean_interval(v), len(v)) for o, v in areas.items()]
     return pd.DataFrame(rows, columns=['map', 'layer', 'mean', 'low', 'high', 'n']).set_index('map')
 
 # %% ../nbs/api/31_faithful.ipynb #0486f9db
 def deletion(
-    learn_or_model:Learner|nn.Module, # What the heatmaps are of
+    learn_or_model,    # Learner or `nn.Module`: what the heatmaps are of
     h:Heatmaps,        # Its heatmaps
     cls:str|int,       # Class, by name or index
     layer=None,        # Layer; None: each
     steps:int=20,      # Forward passes an image and map, in one batch
     fill:str='blur',   # What takes a pixel's place: 'blur', 'mean' or 'black'
-    act:Callable=None, # From scores to probabilities; as for `gradcam`
+    act=None,          # From scores to probabilities; as for `gradcam`
 ) -> pd.DataFrame:     # Index: map; columns: layer, mean, low, high, n
     """Area under the probability of `cls` as pixels are taken away, brightest first; small is good.
 
@@ -94,13 +88,13 @@ def deletion(
 
 # %% ../nbs/api/31_faithful.ipynb #b3131bbc
 def insertion(
-    learn_or_model:Learner|nn.Module, # What the heatmaps are of
+    learn_or_model,    # Learner or `nn.Module`: what the heatmaps are of
     h:Heatmaps,        # Its heatmaps; the rest as for `deletion`
     cls:str|int,
     layer=None,
     steps:int=20,
     fill:str='blur',
-    act:Callable=None,
+    act=None,
 ) -> pd.DataFrame:     # Index: map; columns: layer, mean, low, high, n
     "Area under the probability of `cls` as pixels are put back, brightest first; large is good (Petsiuk et al. 2018)."
     return _area(True, learn_or_model, h, cls, layer, steps, fill, act)
@@ -117,8 +111,8 @@ def _redraw(module):
             else: p.data = torch.zeros_like(p)
 
 def randomized(
-    learn_or_model:Learner|nn.Module, # Its children are drawn anew one by one, from the last to the first
-    seed:int=42,                      # Of the weights
+    learn_or_model, # Learner or `nn.Module`: its children are drawn anew one by one, from the last to the first
+    seed:int=42,    # Of the weights
 ) -> Iterator[str]:                   # The name of each child, once its weights are drawn
     """Draws the weights anew, child by child from the last to the first; those drawn before stay drawn.
 
@@ -144,8 +138,8 @@ def _alike(a, b):
     return *mean_interval(rs), len(rs)
 
 def randomization(
-    learn_or_model:Learner|nn.Module, # What is to be explained
-    items:str|Path|list|torch.Tensor, # A path, a list of paths, or a batch (n, c, h, w)
+    learn_or_model,        # Learner or `nn.Module`: what is to be explained
+    items,                 # A path, a list of paths, or a batch (n, c, h, w)
     cls:str|int,           # Class, by name or index
     layer=None,            # Layer; None: the last convolutional stage
     method:str='gradcam',  # A name in `METHODS`
@@ -159,5 +153,5 @@ def randomization(
     h = explain()
     trained = h.maps[:, 0, 0]
     rows = {f'from {name} on': _alike(trained, explain().maps[:, 0, 0]) for name in randomized(learn_or_model, seed)}
-    rows.update({o.method: _alike(trained, o.maps[:, 0, 0]) for o in baselines(h)})
+    rows |= {o.method: _alike(trained, o.maps[:, 0, 0]) for o in baselines(h)}
     return pd.DataFrame.from_dict(rows, 'index', columns=['mean', 'low', 'high', 'n']).rename_axis('weights')

@@ -8,9 +8,7 @@ Docs: https://dicomcam.github.io/dicomcam/api/gradcam.html.md"""
 __all__ = ['gradcam', 'METHODS', 'cam_method']
 
 # %% ../nbs/api/29_gradcam.ipynb #87a813fa
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch, torch.nn.functional as F
 from torch import nn
@@ -29,13 +27,13 @@ def _check_maps(outputs, names):
     "Raise ValueError for a layer that did not run, or whose output is no map."
     for name in names:
         if name not in outputs:
-            gone = f'Layer {name} did not run in the forward pass, so there is nothing to show.'
-            raise ValueError(f'{gone} Name one that did.')
+            raise ValueError(f'Layer {name} did not run in the forward pass, so there is nothing to show. '
+                'Name one that did.')
         out = outputs[name]
         if is_map(out): continue
         got = f'shape {tuple(out.shape)}' if isinstance(out, torch.Tensor) else type(out).__name__
-        wanted = 'wanted (n, c, h, w) of more than one position'
-        raise ValueError(f'Layer {name} has no spatial extent: it returns {got}, {wanted}. Take an earlier layer.')
+        raise ValueError(f'Layer {name} has no spatial extent: it returns {got}, '
+            'wanted (n, c, h, w) of more than one position. Take an earlier layer.')
 
 # %% ../nbs/api/29_gradcam.ipynb #a2a10ce6
 class _Scale(torch.autograd.Function):
@@ -81,8 +79,8 @@ def _class_maps(score, acts, names, map_of, grad, keep_graph):
     maps = []
     for name, act, g in zip(names, acts, _gradients(score, acts, keep_graph)):
         if grad and g is None:
-            why = f'The scores do not depend on layer {name} in a way that autograd can follow.'
-            raise ValueError(f'{why} Name a layer on the way to them.')
+            raise ValueError(f'The scores do not depend on layer {name} in a way that autograd can follow. '
+                'Name a layer on the way to them.')
         with torch.no_grad(), torch.autocast(act.device.type, enabled=False):
             maps.append(map_of(_wide(act.detach()), g))
     return maps
@@ -102,11 +100,11 @@ def _gradcam_batch(c, xb, classes, layers, map_of, grad):
 # %% ../nbs/api/29_gradcam.ipynb #dbfc6d78
 def gradcam(
     learn_or_model:Learner|nn.Module, # Any classifier with a convolution
-    items:str|Path|list|torch.Tensor, # A path, a list of paths, or a batch (n, c, h, w) as the network takes it
+    items,                            # A path, a list of paths, or a batch (n, c, h, w) as the network takes it
     classes:str|int|list|None=None,   # Names or indices; None: all
     layers=None,                      # Modules, names or indices (as in `model[-6]`), one or several; None: last stage
     method:str='gradcam',             # A name in `METHODS`
-    act:Callable=None,                # From scores to probabilities; None: what `Classifier` takes
+    act=None,                         # From scores to probabilities; None: what `Classifier` takes
 ) -> Heatmaps:                        # Raw maps at each layer's own size
     """Raw maps of all `classes` at all `layers`: one forward pass a batch, and one pass back a class.
 

@@ -10,7 +10,6 @@ __all__ = ['on_cpu', 'as_list', 'find_class', 'Heatmaps']
 # %% ../nbs/api/25_heatmaps.ipynb #d29d3c12
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np, pandas as pd, torch
 from PIL import Image
@@ -33,14 +32,14 @@ def on_cpu(
 
 # %% ../nbs/api/25_heatmaps.ipynb #0a87542f
 def as_list(
-    o:Any,    # One thing, or several
+    o,        # One thing, or several
 ) -> list:
     "Several things as a list; one thing, and a string or a module is one, as a list of one."
     return [o] if isinstance(o, (str, nn.Module)) or not np.iterable(o) else list(o)
 
 # %% ../nbs/api/25_heatmaps.ipynb #12007d12
 def find_class(
-    cls:Any,        # Name or index
+    cls,            # Name or index
     names:Sequence, # Of the classes
 ) -> int:
     "Position of a class in `names`. Raises ValueError with what there is instead."
@@ -71,15 +70,15 @@ class _RawMaps:
         classes:Sequence,      # Names of the classes
         layers:Sequence[str],  # Names of the layers
         method:str,            # 'cam', 'gradcam', ...
-        items:Any=None,        # Files, if the images came from files
-        view:Placement|None=None,  # How those became the network's input; None: squished
-        asked:Sequence|None=None,  # Layers as the caller gave them
-        norm:Any=None,         # fastai's `Normalize`, if the network's input went through it
+        items=None,            # Files, if the images came from files
+        view:Placement=None,   # How those became the network's input; None: squished
+        asked:Sequence=None,   # Layers as the caller gave them
+        norm=None,             # fastai's `Normalize`, if the network's input went through it
     ):
         self.raw, self.images, self.probs = raw, images, probs
         self.classes, self.layers, self.asked = list(classes), list(layers), list(asked or layers)
         self.method, self.norm = method, norm
-        self.items:Any = items
+        self.items = items
         self.view = view if view and items is not None else _WHOLE
         self._sizes = {} # number of an image -> size of its original
 
@@ -108,13 +107,9 @@ class _RawMaps:
         if layer is None: return len(self.layers)-1
         for names in (self.asked, self.layers):
             for position, name in enumerate(names):
-                if _same_layer(name, layer): return position
+                # 1 is not '1', and True is not 1
+                if type(name) is type(layer) and name == layer: return position
         raise ValueError(f'No map of layer {layer!r} here; there are {", ".join(self.layers)}.')
-
-# %% ../nbs/api/25_heatmaps.ipynb #heac0005
-def _same_layer(a, b):
-    "The same module, name or index? 1 is not '1', and True is not 1."
-    return a is b or (isinstance(a, (int, str)) and type(a) is type(b) and a == b)
 
 # %% ../nbs/api/25_heatmaps.ipynb #heac0006
 _BOX = 'x', 'y', 'width', 'height', 'peak', 'mass'
@@ -218,7 +213,8 @@ class Heatmaps(_NativeMaps):
                 ax.set_title(_title(self, i, k, layer), fontsize=9)
                 ax.set(xlim=extent[:2], ylim=extent[2:])
                 ax.set_axis_off()
-            _add_colorbar(row, cmap, f'{self.method} / its maximum')
+            scale = plt.cm.ScalarMappable(cmap=cmap)
+            ax.figure.colorbar(scale, ax=list(row), shrink=.8, label=f'{self.method} / its maximum')
         return ax.figure
 
 # %% ../nbs/api/25_heatmaps.ipynb #heac0009
@@ -237,7 +233,3 @@ def _title(h, i, k, layer):
     "Of image `i`, or with `k` of the map of that class at that layer."
     if k is not None: return f'{h.classes[k]} {h.probs[i, k]:.2f}, layer {h.layers[layer]}'
     return 'image' if h.items is None else Path(h.items[i]).name
-
-def _add_colorbar(row, cmap, label):
-    "The scale from 0 to 1, beside a row of axes."
-    row[0].figure.colorbar(plt.cm.ScalarMappable(cmap=cmap), ax=list(row), shrink=.8, label=label)

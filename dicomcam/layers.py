@@ -10,7 +10,6 @@ __all__ = ['layer_name', 'conv_stages', 'is_map', 'last_stage', 'last_stages', '
 # %% ../nbs/api/26_layers.ipynb #a2a36af2
 import difflib
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -53,14 +52,14 @@ def conv_stages(
 
 # %% ../nbs/api/26_layers.ipynb #layc0003
 def is_map(
-    output:Any, # What a layer returned
+    output,     # What a layer returned
 ) -> bool:      # Is it (n, c, h, w), of more than one position?
     "Can a heatmap be made of this output?"
-    return isinstance(output, torch.Tensor) and output.ndim == 4 and output.shape[-2]*output.shape[-1] > 1
+    return isinstance(output, torch.Tensor) and output.ndim == 4 and output.shape[2:].numel() > 1
 
 # %% ../nbs/api/26_layers.ipynb #layc0004
 def last_stage(
-    outputs:dict[str, Any], # Name of a layer -> what it returned, as `outputs_of` of `dicomcam.explain` fills it
+    outputs:dict,        # Name of a layer -> what it returned, as `outputs_of` of `dicomcam.explain` fills it
     names:Sequence[str],    # Names of layers, as `conv_stages` gives them
 ) -> str:                   # One of `names`
     "The outermost of `names` whose output is a map. Raises ValueError if none is."
@@ -76,7 +75,7 @@ def last_stages(
     n:int=3,         # How many at most
 ) -> list[str]:      # Dotted names in the order of the model, `last` among them
     "Names of the last convolutional stages beside one another."
-    above, _, _ = last.rpartition('.')
+    above = last.rpartition('.')[0]
     names = [f'{above}.{name}'.lstrip('.') for name, _ in model.get_submodule(above).named_children()]
     return [name for name in names if name == last or conv_stages(model.get_submodule(name))][-n:]
 
@@ -84,7 +83,7 @@ def last_stages(
 def first_fine(
     names:Sequence,         # Layers, from the first to the last
     sizes:Sequence[float],  # Of the map of each: the smaller of its rows and columns
-) -> Any:                   # One of `names`
+):                          # One of `names`
     "The layer to show first: the deepest whose map has at least 16 x 16 positions, else the first."
     fine = [name for name, size in zip(names, sizes) if size >= 16]
     return fine[-1] if fine else names[0]
@@ -97,5 +96,4 @@ def fine_stage(
 ) -> int|None:  # Index of a stage, as for `gradcam`
     "The stage of an xresnet that `first_fine` chooses; None for other networks: their last."
     if not learn.network.arch.startswith('xresnet'): return None
-    sizes = [learn.dls.setup.size/stride for stride in _STRIDES.values()]
-    return first_fine(list(_STRIDES), sizes)
+    return first_fine(list(_STRIDES), [learn.dls.setup.size/stride for stride in _STRIDES.values()])

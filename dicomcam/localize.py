@@ -16,7 +16,7 @@ from fastai.torch_core import to_np
 from scipy import ndimage
 
 from .intervals import mean_interval
-from .heatmaps import Heatmaps
+from .heatmaps import Heatmaps, as_list
 from .measures import MEASURES
 
 # %% ../nbs/api/30_localize.ipynb #db3d5b4a
@@ -30,8 +30,8 @@ def baselines(
     centre = (2-x**2-y**2).expand(n, rows, cols)
     noise = torch.rand(n, rows, cols, generator=torch.Generator().manual_seed(seed))
     edges = torch.stack([torch.tensor(ndimage.gaussian_gradient_magnitude(o, 2)) for o in to_np(h.images.mean(1))])
-    def of_all_classes(m): return m[:, None].expand(n, len(h.classes), rows, cols)
-    return [Heatmaps([of_all_classes(m)], h.images, h.probs, h.classes, [''], name, h.items, h.view)
+    shape = n, len(h.classes), rows, cols
+    return [Heatmaps([m[:, None].expand(shape)], h.images, h.probs, h.classes, [''], name, h.items, h.view)
         for name, m in dict(centre=centre, noise=noise, edges=edges).items()]
 
 # %% ../nbs/api/30_localize.ipynb #9aa585d7
@@ -40,7 +40,7 @@ def beside_baselines(
     layer=None,      # Layer, as `gradcam` was asked for it; None: each
 ) -> list:           # Pairs (Heatmaps, position of one of its layers)
     "The maps to be judged, and after them the `baselines` of the same images."
-    hs = h if isinstance(h, list) else [h]
+    hs = as_list(h)
     judged = [(o, j) for o in hs for j in (range(len(o.layers)) if layer is None else [o.layer(layer)])]
     return judged + [(o, 0) for o in baselines(hs[0])]
 
@@ -49,9 +49,9 @@ def _read_mask(mask, shape):
     "Boolean lesion mask for an image of `shape`, from an array or a file."
     if isinstance(mask, (str, Path)): mask = Image.open(mask)
     mask = np.asarray(mask) > 0
-    if mask.shape != tuple(shape):
-        on = 'masks are on the rows x columns of the original'
-        raise ValueError(f'A mask of {mask.shape} for an image of {tuple(shape)}: {on}.')
+    if mask.shape != shape:
+        raise ValueError(f'A mask of {mask.shape} for an image of {shape}: '
+            'masks are on the rows x columns of the original.')
     if not mask.any(): raise ValueError('A mask without a lesion. Give None for an image that has none.')
     return mask
 
@@ -74,7 +74,7 @@ def localization(
     """Heatmaps against lesion masks, for each map and for the three `baselines`; each measure is a share, from 0 to 1.
 
     Raises ValueError where masks and images differ in number or size, and where no mask has a lesion."""
-    for o in h if isinstance(h, list) else [h]:
+    for o in as_list(h):
         if len(o) == len(masks): continue
         raise ValueError(f'{len(o)} images, but {len(masks)} masks. Give None for an image without a lesion.')
     maps = beside_baselines(h, layer)
@@ -90,9 +90,9 @@ def localization(
     return pd.DataFrame(rows, columns=[*index, 'mean', 'low', 'high', 'n']).set_index(index)
 
 # %% ../nbs/api/30_localize.ipynb #11a27b01
-def _only(measure, h, masks, cls, layer, **how):
-    "One measure; index: map."
-    table = localization(h, masks, cls, layer, measures=(measure,), **how)
+def _only(measure, *args, **how):
+    "One measure, of what `localization` takes; index: map."
+    table = localization(*args, measures=(measure,), **how)
     return table.reset_index(['layer', 'measure']).drop(columns='measure')
 
 def pointing_game(
