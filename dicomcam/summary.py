@@ -10,7 +10,7 @@ __all__ = ['MAX_VALUES', 'MAX_TEXT', 'find_dicoms', 'column_name', 'years', 'hea
 # %% ../nbs/api/12_summary.ipynb #d3d15ff4
 import json, logging, math, os, re, stat, threading, warnings
 from contextlib import contextmanager
-from functools import cache, partial, reduce
+from functools import partial, reduce
 from itertools import chain
 from pathlib import Path
 
@@ -63,14 +63,17 @@ def find_dicoms(
     return _listed(path, ds.DirectoryRecordSequence) if 'DirectoryRecordSequence' in ds else [path]
 
 # %% ../nbs/api/12_summary.ipynb #e472eb15
-@cache
+_NAMES: dict = {} # of the public elements that were met, by tag
+
 def _public_name(tag):
     "The name of the column of a public element, by its number."
-    group, elem = tag>>16, tag&0xffff
-    keyword = keyword_for_tag(tag)
-    repeats = keyword and group>>8 in (0x50, 0x60) and group&0xff
-    name = keyword or f'({group:04X},{elem:04X})'
-    return f'{name} ({group:04X})' if repeats else name
+    if tag not in _NAMES:
+        group, elem = tag>>16, tag&0xffff
+        keyword = keyword_for_tag(tag)
+        repeats = keyword and group>>8 in (0x50, 0x60) and group&0xff
+        name = keyword or f'({group:04X},{elem:04X})'
+        _NAMES[tag] = f'{name} ({group:04X})' if repeats else name
+    return _NAMES[tag]
 
 def column_name(
     elem:DataElement,
