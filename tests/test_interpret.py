@@ -239,6 +239,14 @@ def test_subgroups_add_up(learn):
     for name, o in g.groupby('element'): assert (o.images.sum(), o.positives.sum()) == (len(df), (df.label == 'Pneumothorax').sum())
     plot_subgroups(g)
 
+def test_a_group_whose_interval_is_empty_up_to_rounding_is_drawn():
+    "matplotlib refuses error bars below zero, and an interval from resamples may miss its own value in the last digit"
+    index = pd.MultiIndex.from_tuples([('PatientSex', 'F'), ('PatientSex', 'M')], names=['element', 'value'])
+    auc = np.array([.75, .8])
+    df = pd.DataFrame(dict(images=4, auc=auc, low=np.nextafter(auc, 1), high=np.nextafter(auc, 0)), index)
+    _, caps, _ = plot_subgroups(df).containers[0]
+    assert np.allclose([o.get_xdata() for o in caps], auc)
+
 def test_subgroups_of_real_films(xrays):
     "Half of the films, scores drawn at random; the view position of the whole folder gives the label away, age does not"
     table = label_table(xrays)
