@@ -20,8 +20,8 @@ def patient_resamples(
     seed:int,           # Of the draws
 ) -> np.ndarray:        # (n+1, images) int: how often each image counts; in the first row once
     "Weights of the images in the sample itself, then in `n` draws, with replacement, of as many patients as there are."
-    who, _ = pd.factorize(np.asarray(patient))
-    n_patients = who.max()+1
+    who, patients = pd.factorize(np.asarray(patient))
+    n_patients = len(patients)
     draws = np.random.default_rng(seed).multinomial(n_patients, np.full(n_patients, 1/n_patients), n)
     return np.vstack([np.ones_like(who), draws[:, who]])
 

@@ -40,8 +40,7 @@ def overlay(
     cmap:str='inferno', # Colours, by matplotlib's name
 ) -> np.ndarray:        # uint8, (rows, columns, 3)
     "The heatmap over the original's own pixels, as `h.show(native=True)` draws it."
-    image, heat = h.picture(i, native=True), h.heat(i, cls, layer)
-    if image.ndim == 2: image = image[..., None]
+    image, heat = np.atleast_3d(h.picture(i, native=True)), h.heat(i, cls, layer)
     opacity = alpha*heat[..., None]
     colour = colormaps[cmap](heat)[..., :3]
     return (255*((1-opacity)*image + opacity*colour) + .5).astype(np.uint8)
@@ -53,16 +52,14 @@ def captioned(
     least:int=256,  # Columns below which the text could not be read
 ) -> np.ndarray:    # uint8, (more rows, columns or `least`, 3)
     "The picture with text in a black strip below it, and black beside it where it is narrower than `least`."
-    rows, cols = rgb.shape[:2]
+    cols = rgb.shape[1]
     width = max(cols, least)
     lines = [part for line in lines for part in textwrap.wrap(line, 52)]
     strip = Image.new('RGB', (width, int(width/20*(len(lines)+.5))))
     font = ImageFont.load_default(width/30)
     ImageDraw.Draw(strip).multiline_text((width/60, width/80), '\n'.join(lines), 'white', font, spacing=width/90)
-    out = np.zeros((rows+strip.height, width, 3), np.uint8)
-    out[:rows, :cols] = rgb
-    out[rows:] = strip
-    return out
+    wide = np.pad(rgb, ((0, 0), (0, width-cols), (0, 0)))
+    return np.vstack([wide, np.asarray(strip)])
 
 # %% ../nbs/api/32_objects.ipynb #7e2e384c
 def _mend(vr, v):
@@ -153,24 +150,13 @@ def _elements(ds, **elements):
     "Set DICOM elements by keyword."
     for keyword, value in elements.items(): setattr(ds, keyword, value)
 
-def _add_maker(ds):
-    "Who made the object: General Equipment and SC Equipment (PS3.3 C.7.5.1, C.8.6.1)."
-    _elements(ds, Manufacturer='dicomcam', ManufacturerModelName='dicomcam', SoftwareVersions=__version__,
-        SecondaryCaptureDeviceManufacturer='dicomcam', SecondaryCaptureDeviceSoftwareVersions=__version__)
-
-def _add_rgb(ds, rgb):
-    "Image Pixel module of a (rows, columns, 3) uint8 array (PS3.3 C.7.6.3)."
-    rows, cols, _ = rgb.shape
-    padding = b'\0'*(rgb.size % 2)
-    _elements(ds, Rows=rows, Columns=cols, SamplesPerPixel=3, PhotometricInterpretation='RGB', PlanarConfiguration=0,
-        BitsAllocated=8, BitsStored=8, HighBit=7, PixelRepresentation=0, PixelData=rgb.tobytes()+padding)
-
 def _add_source(ds, src):
     "Refer to the image that `ds` was made from, if it has an identity."
     known = _carry(Dataset(), src, ['SOPClassUID', 'SOPInstanceUID'])
     if len(known) < 2: return
     ref = Dataset()
-    _elements(ref, ReferencedSOPClassUID=known.SOPClassUID, ReferencedSOPInstanceUID=known.SOPInstanceUID)
+    ref.ReferencedSOPClassUID = known.SOPClassUID
+    ref.ReferencedSOPInstanceUID = known.SOPInstanceUID
     if _has_frames(src): ref.ReferencedFrameNumber = 1
     ds.SourceImageSequence = [ref]
 
@@ -191,7 +177,10 @@ def save_sc(
     src, ds = _derived(h, i)
     _, what = _told(h, i, cls, layer)
     maker, now = f'dicomcam {__version__}', datetime.now()
-    picture = overlay(h, i, cls, layer, alpha, cmap)
+    lines = [f'{maker}: {what}', 'Research only. NOT FOR DIAGNOSTIC USE']
+    picture = captioned(overlay(h, i, cls, layer, alpha, cmap), lines)
+    rows, cols, _ = picture.shape
+    padding = b'\0'*(picture.size % 2)
     _elements(ds, SOPClassUID=uid.SecondaryCaptureImageStorage, SOPInstanceUID=uid.generate_uid(),
         SeriesInstanceUID=uid.generate_uid(), SeriesNumber=9001, InstanceNumber=1,
         Modality='OT', ConversionType='WSD', ImageType=['DERIVED', 'SECONDARY'],
@@ -199,9 +188,11 @@ def save_sc(
         SeriesDescription=f'Not for diagnostic use: {what}'[:64],
         DerivationDescription=f'{what}, over the image, by {maker}. Research only, not for diagnostic use.',
         BurnedInAnnotation='NO' if src.get('BurnedInAnnotation') == 'NO' else 'YES',
-        PatientOrientation='', Laterality='')
-    _add_maker(ds)
-    _add_rgb(ds, captioned(picture, [f'{maker}: {what}', 'Research only. NOT FOR DIAGNOSTIC USE']))
+        PatientOrientation='', Laterality='',
+        Manufacturer='dicomcam', ManufacturerModelName='dicomcam', SoftwareVersions=__version__,
+        SecondaryCaptureDeviceManufacturer='dicomcam', SecondaryCaptureDeviceSoftwareVersions=__version__,
+        Rows=rows, Columns=cols, SamplesPerPixel=3, PhotometricInterpretation='RGB', PlanarConfiguration=0,
+        BitsAllocated=8, BitsStored=8, HighBit=7, PixelRepresentation=0, PixelData=picture.tobytes()+padding)
     _carry(ds, src, ['PatientOrientation', 'Laterality', 'PixelSpacing'])
     _add_source(ds, src)
     ds.file_meta = FileMetaDataset()

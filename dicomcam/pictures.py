@@ -10,7 +10,7 @@ __all__ = ['photo_uri', 'heat_uri', 'plot_uri', 'outline_path']
 # %% ../nbs/api/33_pictures.ipynb #pic00001
 import io
 from base64 import b64encode
-from typing import Any, Callable
+from typing import Callable
 
 import cv2, numpy as np
 from PIL import Image
@@ -59,7 +59,7 @@ def plot_uri(
     *args,                # For `plot`
     size:tuple=(4.5, 4.5),# Width and height, inches
     **kw                  # For `plot`
-) -> dict[str, Any]:      # uri: data URI of an SVG; alt: what the figure says
+) -> dict:                # uri: data URI of an SVG; alt: what the figure says
     "A figure as the `src` and `alt` of an `<img>`."
     fig = plt.Figure(size, layout='constrained')
     ax = plot(*args, ax=fig.subplots(), **kw)

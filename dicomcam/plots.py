@@ -9,12 +9,11 @@ __all__ = ['plot_scores', 'plot_confusion', 'plot_band', 'plot_roc', 'plot_pr', 
            'plot_top_losses']
 
 # %% ../nbs/api/24_plots.ipynb #cba314f1
-from typing import Any, Callable
+from typing import Callable
 
 import numpy as np, pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from scipy.stats import binomtest
 
 from .labels import label_text
@@ -24,9 +23,11 @@ from .results import predictions
 from fastai.learner import Learner
 
 # %% ../nbs/api/24_plots.ipynb #3d993901
-def _axes(ax, width, height):
+def _axes(ax, width=4.5, height=4.5):
     "The axes given, or new ones of a size in inches."
     return ax or plt.subplots(figsize=(width, height))[1]
+
+def _arrays(y, p): return np.asarray(y, bool), np.asarray(p)
 
 # %% ../nbs/api/24_plots.ipynb #77579550
 def plot_scores(
@@ -37,7 +38,8 @@ def plot_scores(
     threshold:float=0.5,                    # Drawn as a line
 ) -> Axes:
     "Histogram of the scores, one for each class."
-    ax, y, p = _axes(ax, 6, 3), np.asarray(y, bool), np.asarray(p)
+    ax = _axes(ax, 6, 3)
+    y, p = _arrays(y, p)
     for images, name in zip((~y, y), classes): ax.hist(p[images], list(np.linspace(0, 1, 21)), alpha=0.6, label=name)
     ax.axvline(threshold, c='k', ls=':', label=f'threshold {threshold:.2f}')
     ax.set(title='Scores', xlabel=f'probability given to {classes[1]}', ylabel='images')
@@ -53,18 +55,19 @@ def plot_confusion(
     threshold:float=0.5,                    # From which score on an image is called positive
 ) -> Axes:
     "Confusion matrix: counts, and the share of each row."
-    y, p = np.asarray(y).astype(int), np.asarray(p)
+    y, p = np.asarray(y, int), np.asarray(p)
     predicted = p.argmax(1) if p.ndim == 2 else (p >= threshold).astype(int)
-    counts = np.zeros((len(classes), len(classes)), int)
+    n_classes = len(classes)
+    counts = np.zeros((n_classes, n_classes), int)
     np.add.at(counts, (y, predicted), 1)
     shares = counts/counts.sum(1, keepdims=True).clip(min=1)
 
-    side = 1.5+1.3*len(classes)
+    side = 1.5+1.3*n_classes
     ax = _axes(ax, side, side)
     ax.imshow(shares, cmap='Blues', vmin=0, vmax=1)
     for (i, j), n in np.ndenumerate(counts):
         ax.text(j, i, f'{n}\n{shares[i, j]:.0%}', ha='center', va='center', c='w' if shares[i, j] > .6 else 'k')
-    at, names = range(len(classes)), [str(o).replace(' ', '\n') for o in classes]
+    at, names = range(n_classes), [str(o).replace(' ', '\n') for o in classes]
     ax.set(title='Confusion matrix', xlabel='predicted', ylabel='label', xticks=at, yticks=at, xticklabels=names,
         yticklabels=names)
     return ax
@@ -100,7 +103,8 @@ def plot_roc(
     seed:int=42,             # Of the resampling
 ) -> Axes:
     "ROC curve with its area and 95 % band, by patient, and the point of one threshold."
-    ax, y, p = _axes(ax, 4.5, 4.5), np.asarray(y, bool), np.asarray(p)
+    ax = _axes(ax)
+    y, p = _arrays(y, p)
     tp, fp, n_patients = _curves(y, p, patient, n_resamples, seed)
     found, alarmed = tp/tp[:, -1:], fp/fp[:, -1:]
     ax.plot(alarmed[0], found[0], label=interval_text('AUC', interval(roc_area(tp, fp), n_patients)))
@@ -124,13 +128,14 @@ def plot_pr(
     seed:int=42,             # Of the resampling
 ) -> Axes:
     "Precision-recall curve with its average precision and 95 % band, by patient, and the point of one threshold."
-    ax, y, p = _axes(ax, 4.5, 4.5), np.asarray(y, bool), np.asarray(p)
+    ax = _axes(ax)
+    y, p = _arrays(y, p)
     tp, fp, _ = _curves(y, p, patient, n_resamples, seed)
     recall, precision = tp/tp[:, -1:], tp/(tp+fp)
     precision[:, 0] = precision[:, 1]
     label = interval_text('average precision', interval(average_precision(tp, fp)))
     ax.step(recall[0], precision[0], where='pre', label=label)
-    at = [np.searchsorted(r, _GRID).clip(max=len(r)-1) for r in recall[1:]]
+    at = [np.searchsorted(r, _GRID) for r in recall[1:]]
     plot_band(_GRID, [q[places] for q, places in zip(precision[1:], at)], ax)
     ax.axhline(y.mean(), ls=':', c='gray', label='a coin')
     called = p >= threshold
@@ -149,13 +154,14 @@ def plot_calibration(
 ) -> Axes:
     """Reliability diagram: share of positives against mean score, bin by bin, with 95 % intervals (Wilson's, as if each
     image were a patient of its own)."""
-    ax, y, p = _axes(ax, 4.5, 4.5), np.asarray(y, bool), np.asarray(p)
+    ax = _axes(ax)
+    y, p = _arrays(y, p)
     ax.plot([0, 1], [0, 1], ':', c='gray', label='what it says is what is')
     bin_of = np.minimum((p*bins).astype(int), bins-1)
     for k in np.unique(bin_of):
         inside = y[bin_of == k]
         score, share, n = p[bin_of == k].mean(), inside.mean(), len(inside)
-        ci = binomtest(int(inside.sum()), n).proportion_ci(method='wilson')
+        ci = binomtest(inside.sum(), n).proportion_ci(method='wilson')
         ax.errorbar(score, share, [[share-ci.low], [ci.high-share]], fmt='o', c='C0', capsize=3)
         ax.annotate(str(n), (score, share), (5, 5), textcoords='offset points', fontsize=8)
     ax.set(title='Reliability (with the number of images)', xlabel='mean probability in the bin',
@@ -184,9 +190,9 @@ def plot_top_losses(
     learn:Learner,    # What makes the predictions
     explain:Callable, # What makes `Heatmaps`: `cam`, `gradcam`, or one with options, `partial(gradcam, layers=-6)`
     k:int=9,          # How many images
-    items:Any=None,   # As for `predictions`
+    items=None,       # As for `predictions`
     ncols:int=3,      # Images in a row
-) -> Figure:
+) -> plt.Figure:
     """The images of largest loss, each beside the heatmap of the class that was predicted; above it label and loss.
     Raises ValueError where no label is known."""
     df = predictions(learn, items).dropna(subset='loss').nlargest(k, 'loss')

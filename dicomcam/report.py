@@ -22,7 +22,7 @@ from .files import whole
 from .read import read_dicom
 from .data import lesion_mask
 from .labels import is_multi, label_classes, label_text, positive_classes
-from .batches import setup_of, split_counts
+from .batches import split_counts
 from .results import evaluate, positive_scores, prediction_classes, predictions
 from .subgroups import subgroups
 from .plots import plot_calibration, plot_confusion, plot_pr, plot_roc, plot_scores, plot_subgroups
@@ -34,8 +34,8 @@ from .pictures import heat_uri, outline_path, photo_uri, plot_uri
 # %% ../nbs/api/34_report.ipynb #d2f51d21
 def _origin(learn, df):
     "How the images of `df` relate to those of the training: a sentence, and whether it is bad news."
-    setup = setup_of(learn.dls)
-    if setup is None or setup.table is None:
+    setup = learn.dls.setup
+    if setup.table is None:
         return dict(bad=True, text='Which images the classifier was trained on is not known here. '
             'If these or others of the same patients were among them, the figures flatter.')
     trained, by = setup.table[~setup.table.is_valid], setup.split['by']
@@ -56,18 +56,17 @@ def _counts(learn, df, items):
         n = split_counts(learn.dls).reset_index()
         n = n.replace(dict(side=dict(train='training', valid='validation')))
     else:
-        groups = df.assign(label=df.label.map(label_text)).groupby('label')
+        groups = df.groupby(df.label.map(label_text))
         n = groups.agg(images=('file', 'size'), patients=('patient', 'nunique')).reset_index()
     n['label'] = n.label.map(label_text)
-    return n.astype(object).to_dict('records')
+    return n.to_dict('records')
 
 def _about_data(learn, df, items):
     "For the template: how many images, of whom, and how they relate to those of the training."
-    setup = setup_of(learn.dls)
-    unread = setup.skipped if items is None and setup else None
+    setup = learn.dls.setup
     return dict(images=len(df), patients=df.patient.nunique(), counts=_counts(learn, df, items),
-        split=_origin(learn, df), skipped=0 if unread is None else len(unread),
-        network=f'{learn.network.arch}, {learn.dls.setup.size} pixels')
+        split=_origin(learn, df), skipped=len(setup.skipped) if items is None else 0,
+        network=f'{learn.network.arch}, {setup.size} pixels')
 
 # %% ../nbs/api/34_report.ipynb #42f6c5ef
 def _result(df, positive, threshold, vocab):
@@ -95,31 +94,27 @@ def _group(df, table, positive):
         plots=[plot_uri(plot_subgroups, groups, size=(6, .8+.3*len(groups)))])
 
 # %% ../nbs/api/34_report.ipynb #a701a139
-def _about_results(df, table, vocab, positives, results):
+def _about_results(df, table, vocab, results):
     "For the template: metrics of each class, subgroups, and the confusion matrix of more than two."
-    if not results: return dict(results=[], groups=[], plots=[])
-    groups = [_group(df, table, cls) for cls in positives]
+    groups = [_group(df, table, o['positive']) for o in results]
     plots = []
-    if len(vocab) > 2 and not is_multi(df.label):
+    if results and len(vocab) > 2 and not is_multi(df.label):
         plots = [plot_uri(plot_confusion, df.label.map(vocab.index), df[vocab].to_numpy(), classes=vocab)]
     return dict(results=results, groups=[o for o in groups if o], plots=plots)
 
-def _predicted(df, vocab, positives, results):
+def _predicted(df, vocab, results):
     "What each image of `df` was called: the likeliest class; of two classes, by the threshold where there is one."
     likeliest = df[vocab].idxmax(axis=1)
     if not results or len(vocab) != 2 or is_multi(df.label): return likeliest
-    positive, = positives
+    positive = results[0]['positive']
     other, = set(vocab)-{positive}
     return np.where(df[positive] >= results[0]['threshold'], positive, other)
 
 # %% ../nbs/api/34_report.ipynb #280049a2
-def _names_patient(file):
-    "Does the header say that the patient can be told from text in the picture?"
-    return read_dicom(file, pixels=False).get('BurnedInAnnotation') == 'YES'
-
 def _pick_cases(df, n, phi):
     "Up to `n` rows for the gallery, and a sentence that says which."
-    named = pd.Series([not phi and _names_patient(o) for o in df.file], df.index, bool)
+    burned_in = [not phi and read_dicom(o, pixels=False).get('BurnedInAnnotation') == 'YES' for o in df.file]
+    named = np.array(burned_in, bool)
     left, says = df[~named], ''
     if named.any():
         why = 'their header says that the patient can be told from text in the picture'
@@ -157,7 +152,7 @@ def _case(h, i, row, vocab, shown, mask, phi, side):
     one_label = isinstance(row.label, str)
     return dict(no=i+1, label=label_text(row.label), predicted=row.predicted,
         wrong=row.label != row.predicted if one_label else None,
-        loss=row.loss, score=row[shown or row.predicted], probs={cls: row[cls] for cls in classes},
+        loss=row.loss, score=row[shown or row.predicted], probs=row[classes].to_dict(),
         rows=rows, cols=cols, classes=classes, maps=maps,
         photo=photo_uri(h.picture(i, native=True), side), outline='' if mask is None else outline_path(mask),
         who=f'{row.file.name}, patient {row.patient}' if phi else '')
@@ -169,7 +164,7 @@ def _about_cases(h, picked, vocab, shown, masks, phi, side):
     cases = [_case(h, i, row, vocab, shown, masks[i], phi, side) for i, (_, row) in enumerate(picked.iterrows())]
     names = _layer_names(h)
     first = first_fine(names, [min(raw.shape[-2:]) for raw in h.raw])
-    return dict(cases=cases, classes=vocab, shown=shown, labels=sorted(set(picked.label.map(label_text))),
+    return dict(cases=cases, shown=shown, labels=sorted(set(picked.label.map(label_text))),
         layers=names, layer=first, outlined=any(o is not None for o in masks),
         colours=[f'rgb({r:.0f} {g:.0f} {b:.0f})' for r, g, b, _ in colours])
 
@@ -203,16 +198,15 @@ def report(
     shown = positives[0] if len(positives) == 1 else None # the class of which maps and scores are shown first
     labelled = df.label.notna().all()
     results = [_result(df, cls, threshold, vocab) for cls in positives] if labelled else []
-    df['predicted'] = _predicted(df, vocab, positives, results)
+    df['predicted'] = _predicted(df, vocab, results)
 
     picked, chosen = _pick_cases(df, n, phi)
     files = picked.file.tolist()
     h = gradcam(learn, files, vocab, _stages(learn, files[0]) if layers is None else layers, method)
     masks = [lesion_mask(path, o) if path else None for o in files]
-    setup = setup_of(learn.dls)
-    table = setup.table if items is None and setup else df
+    table = learn.dls.setup.table if items is None else df
     html = _render(title=title or 'Report of an X-ray classifier', method=method, vocab=vocab, phi=phi, side=side,
-        chosen=chosen, **_about_data(learn, df, items), **_about_results(df, table, vocab, positives, results),
+        chosen=chosen, **_about_data(learn, df, items), **_about_results(df, table, vocab, results),
         **_about_cases(h, picked, vocab, shown, masks, phi, side))
     with whole(fn) as part: part.write_text(html, encoding='utf-8')
     return Path(fn)

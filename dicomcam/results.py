@@ -6,12 +6,11 @@ Docs: https://dicomcam.github.io/dicomcam/api/results.html.md"""
 
 # %% auto #0
 __all__ = ['known_table', 'predictions', 'as_predictions', 'prediction_classes', 'positive_class', 'positive_scores',
-           'choose_threshold', 'evaluate']
+           'choose_threshold', 'patient_folds', 'evaluate']
 
 # %% ../nbs/api/22_results.ipynb #32d32483
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import numpy as np, pandas as pd
 from sklearn.metrics import roc_curve
@@ -46,8 +45,7 @@ def known_table(
     learn:Learner, # From `dicom_learner`, or any
 ) -> pd.DataFrame: # As `label_table` gives, with `is_valid`; None where nothing is known, after `load_model` say
     "All labelled images that a learner was made with, those for training too."
-    setup = setup_of(learn.dls)
-    return None if setup is None else setup.table
+    return getattr(setup_of(learn.dls), 'table', None)
 
 def _patients(files, table):
     "Whose image each file is: the `group` of `table` if it knows all files, else what their headers say."
@@ -67,13 +65,13 @@ def _check_labels(labels, vocab):
 def _losses(labels, probs, vocab):
     "-log p of the label; where an image may have several, the mean over the classes."
     is_class = np.column_stack([has_class(labels, cls) for cls in vocab])
-    if not is_multi(labels): return -np.log(probs[is_class].clip(1e-12))
-    return -np.log(np.where(is_class, probs, 1-probs).clip(1e-12)).mean(1)
+    losses = -np.log(np.where(is_class, probs, 1-probs).clip(1e-12))
+    return losses.mean(1) if is_multi(labels) else losses[is_class]
 
 # %% ../nbs/api/22_results.ipynb #4f58f113
 def predictions(
     learn:Learner,       # From `dicom_learner` or `load_model`
-    items:Any=None,      # None: the validation set; a table, from `label_table`; a DataLoader; a path, or several
+    items=None,          # None: the validation set; a table, from `label_table`; a DataLoader; a path, or several
     progress:bool=False, # Show a bar with the time left?
 ) -> pd.DataFrame:       # Columns file, label, patient, loss, and one a class: its probability
     """What the network says of each image, beside what is known of it. Label and loss are missing where nobody knows
@@ -96,7 +94,7 @@ def predictions(
 # %% ../nbs/api/22_results.ipynb #8613e906
 def as_predictions(
     learn:Learner|pd.DataFrame, # Learner, or what `predictions` gave
-    items:Any=None,             # As for `predictions`
+    items=None,                 # As for `predictions`
 ) -> pd.DataFrame:              # As from `predictions`
     "The table of predictions; a table is taken as it is."
     return learn if isinstance(learn, pd.DataFrame) else predictions(learn, items)
@@ -115,15 +113,14 @@ def positive_class(
     "The name of the positive class. Raises ValueError where a label is unknown, or the class is unknown or not clear."
     unknown = df.file[df.label.isna()]
     if len(unknown): raise ValueError(f'The label of {unknown.iloc[0]} is unknown: figures need labelled images.')
-    vocab = prediction_classes(df)
-    classes = positive_classes(vocab, is_multi(df.label), positive)
+    classes = positive_classes(prediction_classes(df), is_multi(df.label), positive)
     if len(classes) == 1: return classes[0]
-    raise ValueError(f'Which class counts as positive? Say positive= one of {", ".join(vocab)}.')
+    raise ValueError(f'Which class counts as positive? Say positive= one of {", ".join(classes)}.')
 
 # %% ../nbs/api/22_results.ipynb #3e37f6fe
 def positive_scores(
     learn:Learner|pd.DataFrame, # Learner, or what `predictions` gave
-    items:Any=None,             # As for `predictions`
+    items=None,                 # As for `predictions`
     positive:str=None,          # Class that counts as positive; None: the last of two
 ) -> tuple:                     # Arrays (n,): probability of that class, whether it is the label, patient
     "Score, truth and patient of each image. Raises ValueError as `positive_class` does."
@@ -145,32 +142,41 @@ def choose_threshold(
     if sensitivity is None: return float(thresholds[(tpr-fpr).argmax()])
     return float(thresholds[tpr >= sensitivity-1e-9][0])
 
+# %% ../nbs/api/22_results.ipynb #res-folds
+def patient_folds(
+    y:np.ndarray,       # (n,) bool: is the label the positive class?
+    patient:np.ndarray, # (n,) whose image it is
+    seed:int,           # Of the draw
+) -> list:              # (training, validation) arrays of indices
+    "Up to five folds by patient, the classes in proportion; none where a class has fewer than two patients."
+    n = min(5, fewest_patients(patient, y, ~y))
+    if n < 2: return []
+    return list(StratifiedGroupKFold(n, shuffle=True, random_state=seed).split(y, y, patient))
+
 # %% ../nbs/api/22_results.ipynb #07f26356
-def _check_threshold(threshold):
-    "Raise ValueError for what `evaluate` does not take."
-    if isinstance(threshold, (int, float)) or threshold == 'youden': return
-    if not isinstance(threshold, str) and len(threshold) == 2 and threshold[0] == 'sensitivity': return
+def _sensitivity(threshold):
+    "The sensitivity that is asked for; None: Youden's J. Raises ValueError for what `evaluate` does not take."
+    if threshold == 'youden': return None
+    if not isinstance(threshold, str) and len(threshold) == 2 and threshold[0] == 'sensitivity': return threshold[1]
     raise ValueError(f"threshold is a number, 'youden' or ('sensitivity', 0.9), and not {threshold!r}.")
 
 def _decide(y, p, patient, threshold, seed):
     "The threshold, and which images are called positive; one that has to be chosen is chosen on other patients."
-    _check_threshold(threshold)
     if isinstance(threshold, (int, float)): return threshold, p >= threshold
-    sensitivity = None if threshold == 'youden' else threshold[1]
-    n_folds = min(5, fewest_patients(patient, y, ~y))
-    if n_folds < 2:
+    sensitivity = _sensitivity(threshold)
+    folds = patient_folds(y, patient, seed)
+    if not folds:
         raise ValueError('To choose a threshold and to score it takes two patients of either class, or more.')
     called = np.zeros_like(y)
-    for chosen_on, scored_on in StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed).split(p, y, patient):
+    for chosen_on, scored_on in folds:
         called[scored_on] = p[scored_on] >= choose_threshold(y[chosen_on], p[chosen_on], sensitivity)
     return choose_threshold(y, p, sensitivity), called
 
 # %% ../nbs/api/22_results.ipynb #08c614ff
 def _shares(y, called):
     "Metrics that are shares: name -> (which images are right, of which)."
-    everybody = np.ones_like(y)
-    right = dict(accuracy=(called == y, everybody), sensitivity=(called, y), specificity=(~called, ~y))
-    return right | dict(ppv=(y, called), npv=(~y, ~called))
+    return dict(accuracy=(called == y, np.ones_like(y)), sensitivity=(called, y), specificity=(~called, ~y),
+        ppv=(y, called), npv=(~y, ~called))
 
 def _calibration_error(y, p, weights):
     "Mean distance of score and share in ten bins, for each row of `weights`."
@@ -179,7 +185,7 @@ def _calibration_error(y, p, weights):
 
 def _mirrored(o):
     "The interval mirrored about its value (basic bootstrap): resampling adds to an error, and never takes away."
-    value, low, high = o['value'], o['low'], o['high']
+    value, low, high = o.values()
     return dict(value=value, low=max(0., 2*value-high), high=max(value, 2*value-low))
 
 # %% ../nbs/api/22_results.ipynb #0c13183f
@@ -200,7 +206,7 @@ def _metrics(y, p, called, patient, n_resamples, seed):
 # %% ../nbs/api/22_results.ipynb #f676159b
 def evaluate(
     learn:Learner|pd.DataFrame,    # Learner, or what `predictions` gave
-    items:Any=None,                # As for `predictions`
+    items=None,                    # As for `predictions`
     positive:str=None,             # Class that counts as positive; None: the last of two
     threshold:float|str|tuple=0.5, # From which score on an image is positive; or 'youden', or ('sensitivity', 0.9)
     n_resamples:int=1000,          # Bootstrap resamples
@@ -214,5 +220,5 @@ def evaluate(
     positive = positive_class(df, positive)
     p, y, patient = positive_scores(df, positive=positive)
     threshold, called = _decide(y, p, patient, threshold, seed)
-    res = _metrics(y, p, called, patient, n_resamples, seed)
-    return res | dict(images=len(p), patients=len(set(patient)), threshold=threshold, positive=positive)
+    metrics = _metrics(y, p, called, patient, n_resamples, seed)
+    return metrics | dict(images=len(p), patients=len(set(patient)), threshold=threshold, positive=positive)

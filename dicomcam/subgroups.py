@@ -9,18 +9,17 @@ __all__ = ['ELEMENTS', 'header_auc', 'subgroups']
 
 # %% ../nbs/api/23_subgroups.ipynb #4e52fcd0
 import warnings
-from typing import Any
 
 import numpy as np, pandas as pd
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+from sklearn.model_selection import cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
 
 from .summary import summarize
 from .labels import has_class
 from .intervals import fewest_patients, interval, interval_text, patient_resamples, roc_area, roc_counts
-from .results import as_predictions, known_table, positive_class, positive_scores
+from .results import as_predictions, known_table, patient_folds, positive_class, positive_scores
 from fastai.learner import Learner
 
 # %% ../nbs/api/23_subgroups.ipynb #bea5292c
@@ -35,24 +34,7 @@ def _groups(files, elements):
         years = pd.to_numeric(header.PatientAge)
         header['PatientAge'] = pd.cut(years, _FROM_YEARS, right=False, labels=_AGES).astype(object)
     header = header.astype(object).where(header.notna(), 'unknown').astype(str)
-    return header[[o for o in header if header[o].nunique() > 1]]
-
-# %% ../nbs/api/23_subgroups.ipynb #419a1ed7
-def _folds(y, patient, seed):
-    "Up to five folds by patient, each with both classes to learn from; none where there are too few patients."
-    n = min(5, fewest_patients(patient, y, ~y))
-    if n < 2: return []
-    folds = list(StratifiedGroupKFold(n, shuffle=True, random_state=seed).split(y, y, patient))
-    return folds if all(len(set(y[train])) == 2 for train, _ in folds) else []
-
-def _predicted_from(x, y, folds):
-    "Probability of `y` from the categories `x`, each image's from a fold that it was not in."
-    model = make_pipeline(OneHotEncoder(handle_unknown='ignore'), LogisticRegression())
-    return cross_val_predict(model, x.to_frame(), y, cv=folds, method='predict_proba')[:, 1]
-
-def _mean_auc(y, p, weights, folds):
-    "Mean over the folds, for each row of `weights`."
-    return np.nanmean([roc_area(*roc_counts(y[k], p[k], weights[:, k])) for _, k in folds], axis=0)
+    return header.loc[:, header.nunique() > 1]
 
 # %% ../nbs/api/23_subgroups.ipynb #702f10ec
 def header_auc(
@@ -66,27 +48,25 @@ def header_auc(
     Warns where it is 0.55 or more and its 95 % interval lies above 0.5. Elements that do not vary are left out."""
     y = has_class(table.label, positive).to_numpy(bool)
     patient = table['group' if 'group' in table else 'patient'].to_numpy(str)
-    folds, weights = _folds(y, patient, seed), patient_resamples(patient, n_resamples, seed)
-    groups = _groups(table.file, elements) if folds else {}
+    folds, weights = patient_folds(y, patient, seed), patient_resamples(patient, n_resamples, seed)
+    can_learn = folds and all(len(set(y[train])) == 2 for train, _ in folds)
+    groups = _groups(table.file, elements) if can_learn else {}
+    model = make_pipeline(OneHotEncoder(handle_unknown='ignore'), LogisticRegression())
     rows = {}
     for name, x in groups.items():
-        auc = rows[name] = interval(_mean_auc(y, _predicted_from(x, y, folds), weights, folds))
+        p = cross_val_predict(model, x.to_frame(), y, cv=folds, method='predict_proba')[:, 1]
+        areas = [roc_area(*roc_counts(y[k], p[k], weights[:, k])) for _, k in folds]
+        auc = rows[name] = interval(np.nanmean(areas, axis=0))
         if auc['value'] < .55 or auc['low'] <= .5: continue
         says = f'{name} alone predicts {positive}: {interval_text("AUC", auc)}.'
         hint = 'The network may have learnt that instead; look at the results within each group.'
         warnings.warn(f'{says} {hint}', stacklevel=2)
     return pd.DataFrame(rows, index=['value', 'low', 'high']).T
 
-# %% ../nbs/api/23_subgroups.ipynb #f07d41d0
-def _auc(y, p, patient, n_resamples, seed):
-    "ROC AUC of some images, with its interval."
-    weights = patient_resamples(patient, n_resamples, seed)
-    return interval(roc_area(*roc_counts(y, p, weights)), fewest_patients(patient, y, ~y))
-
 # %% ../nbs/api/23_subgroups.ipynb #bdba6693
 def subgroups(
     learn:Learner|pd.DataFrame, # Learner, or what `predictions` gave
-    items:Any=None,             # As for `predictions`
+    items=None,                 # As for `predictions`
     positive:str=None,          # Class that counts as positive; None: the last of two
     elements:tuple=ELEMENTS,    # DICOM keywords
     n_resamples:int=1000,       # Bootstrap resamples
@@ -96,16 +76,17 @@ def subgroups(
     """Results by what the header has, with 95 % intervals, AUC NaN where there is one class only; and how well the
     element alone predicts the label (`header_auc`). Raises ValueError as `positive_class` does."""
     df = as_predictions(learn, items)
-    p, y, patient = positive_scores(df, positive=positive)
+    positive = positive_class(df, positive)
     if table is None and items is None and df is not learn: table = known_table(learn)
     if table is None: table = df
-    alone = header_auc(table, positive_class(df, positive), elements, n_resamples, seed).value
+    alone = header_auc(table, positive, elements, n_resamples, seed).value
     rows = []
     for name, values in _groups(df.file, elements).items():
-        for value in sorted(set(values)):
-            k = (values == value).to_numpy()
-            auc = _auc(y[k], p[k], patient[k], n_resamples, seed)
-            counts = k.sum(), len(set(patient[k])), y[k].sum(), y[k].mean()
+        for value, group in df.groupby(values.to_numpy()):
+            p, y, patient = positive_scores(group, positive=positive)
+            areas = roc_area(*roc_counts(y, p, patient_resamples(patient, n_resamples, seed)))
+            auc = interval(areas, fewest_patients(patient, y, ~y))
+            counts = len(y), len(set(patient)), y.sum(), y.mean()
             rows.append((name, value, *counts, *auc.values(), alone.get(name, np.nan)))
     cols = ['element', 'value', 'images', 'patients', 'positives', 'rate', 'auc', 'low', 'high', 'header_auc']
     return pd.DataFrame(rows, columns=cols).set_index(['element', 'value'])

@@ -277,7 +277,7 @@ def test_too_few_patients_for_a_header_to_learn_from(folder):
     table = label_table(folder)
     ill = np.flatnonzero(table.label == 'Pneumothorax')
     rest = np.setdiff1d(np.arange(len(table)), ill)
-    with mock.patch('dicomcam.subgroups.StratifiedGroupKFold') as k:
+    with mock.patch('dicomcam.results.StratifiedGroupKFold') as k:
         k().split.return_value = [(rest, ill), (ill, rest)]
         assert header_auc(table, 'Pneumothorax').empty
         g = subgroups(frame(np.linspace(0, 1, len(table)), table.label == 'Pneumothorax').assign(file=table.file), positive='ill')
