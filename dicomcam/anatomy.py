@@ -11,6 +11,7 @@ __all__ = ['MU', 'torso', 'heart', 'cavity', 'vessels', 'airways', 'ribs', 'gird
 from types import SimpleNamespace
 
 import cv2, numpy as np
+from numpy import ndarray
 
 from .patients import LEFT, RIGHT, SIDES, Study
 from .solids import FIELD, draw, ellipsoid, grid, smooth, stack, to_pixels, tube
@@ -29,9 +30,9 @@ def _bounds(body, y, top=-15.2):
 # %% ../nbs/api/08_anatomy.ipynb #8db11e1b
 def torso(
     body:Study,
-    x:np.ndarray, # (1, w) cm
-    y:np.ndarray, # (h, 1) cm
-) -> np.ndarray:  # (h, w) cm
+    x:ndarray, # (1, w) cm
+    y:ndarray, # (h, 1) cm
+) -> ndarray:  # (h, w) cm
     "Path through the trunk, neck, shoulders, arms and breasts, as if solid."
     wall = _bounds(body, np.maximum(y, -3))[1]+1.6+.5*body.fat
     neck = 4.8+.3*body.fat
@@ -52,9 +53,9 @@ def torso(
 # %% ../nbs/api/08_anatomy.ipynb #26915970
 def heart(
     body:Study,
-    x:np.ndarray, # (1, w) cm
-    y:np.ndarray, # (h, 1) cm
-) -> np.ndarray:  # (h, w) cm
+    x:ndarray, # (1, w) cm
+    y:ndarray, # (h, 1) cm
+) -> ndarray:  # (h, w) cm
     "Path through heart, great vessels and the rest of the mediastinum."
     size, knob = body.heart, body.knob
     dx, turn = 4*body.rotation, 3*body.rotation
@@ -70,11 +71,11 @@ def heart(
 # %% ../nbs/api/08_anatomy.ipynb #28ea6ed7
 def cavity(
     body:Study,
-    x:np.ndarray,     # (1, w) cm
-    y:np.ndarray,     # (h, 1) cm
+    x:ndarray,     # (1, w) cm
+    y:ndarray,     # (h, 1) cm
     side:int,         # -1: the patient's right; 1: the left
-    solid:np.ndarray, # (h, w) path through what stays in it, the heart, in cm
-) -> np.ndarray:      # (h, w) cm
+    solid:ndarray, # (h, w) path through what stays in it, the heart, in cm
+) -> ndarray:      # (h, w) cm
     "Path through one pleural cavity, above the diaphragm and around what is `solid`."
     medial, lateral, inside = _bounds(body, y)
     lo, hi = (medial, lateral) if side > 0 else (-lateral, -medial)
@@ -90,7 +91,7 @@ def cavity(
 def vessels(
     body:Study,
     size:int,    # Pixels a side
-) -> np.ndarray: # (size, size) float32 cm
+) -> ndarray: # (size, size) float32 cm
     "Path through the vessels of both lungs, drawn in to the hilum where the lung has collapsed."
     path = np.zeros((size, size), np.float32)
     per_cm = size/FIELD
@@ -114,9 +115,9 @@ def _drawn_in(points, ptx):
 # %% ../nbs/api/08_anatomy.ipynb #3c5ca4dc
 def airways(
     body:Study,
-    x:np.ndarray, # (1, w) cm
-    y:np.ndarray, # (h, 1) cm
-) -> np.ndarray:  # (h, w) cm
+    x:ndarray, # (1, w) cm
+    y:ndarray, # (h, 1) cm
+) -> ndarray:  # (h, w) cm
     "Path through the air in trachea, main bronchi, stomach and colon."
     middle = 2*body.rotation+body.curve
     dome = body.domes[LEFT]+body.breath*1.3
@@ -144,7 +145,7 @@ def _rib(body, i, side, start, end):
 def ribs(
     body:Study,
     size:int,    # Pixels a side
-) -> np.ndarray: # (size, size) float32 cm
+) -> ndarray: # (size, size) float32 cm
     "Path through the bone of ribs, back and front."
     back = draw(size, [(_rib(body, i, side, .05, 1.75), .62) for i in range(10) for side in SIDES])
     front = draw(size, [(_rib(body, i, side, 1.5, 2.55-.06*i), .68) for i in range(8) for side in SIDES])
@@ -154,7 +155,7 @@ def ribs(
 def girdle(
     body:Study,
     size:int,    # Pixels a side
-) -> np.ndarray: # (size, size) float32 cm
+) -> ndarray: # (size, size) float32 cm
     "Path through the bone of collarbones, shoulder blades and upper arms."
     path = np.zeros((size, size), np.float32)
     for side in SIDES:
@@ -180,9 +181,9 @@ def _shoulder_blade(body, size, side):
 # %% ../nbs/api/08_anatomy.ipynb #dc9ac7ff
 def spine(
     body:Study,
-    x:np.ndarray, # (1, w) cm
-    y:np.ndarray, # (h, 1) cm, evenly spaced over the field
-) -> np.ndarray:  # (h, w) cm
+    x:ndarray, # (1, w) cm
+    y:ndarray, # (h, 1) cm, evenly spaced over the field
+) -> ndarray:  # (h, w) cm
     "Path through the bone of vertebrae and breastbone."
     breastbone = .5*ellipsoid(x, y, (12*body.rotation, -2.5), (1.9, 8.5, 1))
     height = np.interp(y, [-21, 21], [1.9, 3.1]).astype(np.float32) # of a vertebra with its disc

@@ -20,7 +20,7 @@ from fastai.learner import Learner
 from fastai.torch_core import no_random
 from fastai.vision.augment import CropPad, RandomResizedCrop, RatioResize, Resize, ResizeMethod
 from fastcore.basics import nested_attr
-from torch import nn
+from torch import Tensor, nn
 
 from .view import Placement, View
 from .batches import setup_of
@@ -53,7 +53,7 @@ def outputs_of(
     outputs = {}
     def keep(name, module, inp, out):
         outputs[name] = out
-        if not isinstance(out, torch.Tensor): return None
+        if not isinstance(out, Tensor): return None
         if not out.requires_grad: outputs[name] = out.detach().requires_grad_()
         return outputs[name].clone()
     hooks = [model.get_submodule(name).register_forward_hook(partial(keep, name)) for name in names]
@@ -74,15 +74,15 @@ def inputs_of(
 
 # %% ../nbs/api/27_explain.ipynb #expc0001
 def two_sided(
-    scores:torch.Tensor, # (n, classes)
-) -> torch.Tensor:       # (n, classes), or (n, 2) of a single logit
+    scores:Tensor, # (n, classes)
+) -> Tensor:       # (n, classes), or (n, 2) of a single logit
     "A single logit z, (n, 1), becomes the scores -z and z of the two classes that it tells apart."
     return torch.cat([-scores, scores], 1) if scores.shape[1] == 1 else scores
 
 # %% ../nbs/api/27_explain.ipynb #expc0002
 def check_batch(
-    x:torch.Tensor, # What may be a batch
-) -> torch.Tensor:  # The same
+    x:Tensor, # What may be a batch
+) -> Tensor:  # The same
     "`x`, if it is a batch (n, c, h, w) of floats. Raises ValueError."
     if x.ndim == 4 and x.is_floating_point() and len(x): return x
     raise ValueError(f'A batch is floating-point and (n, c, h, w), not {x.dtype} of shape {tuple(x.shape)}. '
@@ -114,20 +114,20 @@ class Classifier:
         self.act = act or nested_attr(self.learn, 'loss_func.activation') or partial(torch.softmax, dim=-1)
         self.vocab = nested_attr(self.learn, 'dls.vocab')
 
-    def scores(self, xb:torch.Tensor) -> torch.Tensor:
+    def scores(self, xb:Tensor) -> Tensor:
         "Class scores of one forward pass, (n, classes) in float32, before softmax or sigmoid."
         n = len(xb)
         try: out = self.model(xb)
         except torch.OutOfMemoryError: raise
         except RuntimeError as e:
             raise ValueError(f'The model cannot take a batch of shape {tuple(xb.shape)}: {e}') from e
-        if isinstance(out, torch.Tensor) and out.ndim in (1, 2) and len(out) == n:
+        if isinstance(out, Tensor) and out.ndim in (1, 2) and len(out) == n:
             return out.float().reshape(n, -1)
-        got = f'shape {tuple(out.shape)}' if isinstance(out, torch.Tensor) else type(out).__name__
+        got = f'shape {tuple(out.shape)}' if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(f'Wanted class scores ({n}, classes) from the model, got {got}. '
             'Wrap it in a module that returns the scores alone.')
 
-    def probs(self, scores:torch.Tensor) -> torch.Tensor:
+    def probs(self, scores:Tensor) -> Tensor:
         "Probabilities of scores (n, classes); a single logit gives those of two classes."
         return torch.sigmoid(two_sided(scores)) if scores.shape[1] == 1 else self.act(scores)
 
@@ -142,12 +142,12 @@ class Classifier:
         names = self.names(k)
         return [find_class(o, names) for o in (names if classes is None else as_list(classes))]
 
-    def batches(self, items) -> tuple[list[Path]|None, Iterator[torch.Tensor]]:
+    def batches(self, items) -> tuple[list[Path]|None, Iterator[Tensor]]:
         "The files (None for a batch) and an iterator over batches, of the model's device and dtype."
-        files = None if isinstance(items, torch.Tensor) else _check_files(items, self.learn)
+        files = None if isinstance(items, Tensor) else _check_files(items, self.learn)
         xs = (b[0] for b in self.learn.dls.test_dl(files, num_workers=0)) if files else [check_batch(items)]
         like = next(self.model.parameters())
-        return files, (x.as_subclass(torch.Tensor).detach().clone().to(like.device, like.dtype) for x in xs)
+        return files, (x.as_subclass(Tensor).detach().clone().to(like.device, like.dtype) for x in xs)
 
 # %% ../nbs/api/27_explain.ipynb #05cd29ca
 class _Resized(Placement):

@@ -16,7 +16,7 @@ from PIL import Image
 from fastai.torch_core import to_np
 from matplotlib import pyplot as plt
 from scipy import ndimage
-from torch import nn
+from torch import Tensor, nn
 
 from .read import DicomError, read_dicom
 from .pixels import dicom_pixels
@@ -25,10 +25,10 @@ from .maps import positive, to_unit, upsample
 
 # %% ../nbs/api/25_heatmaps.ipynb #47103540
 def on_cpu(
-    t:torch.Tensor, # Of any device and class
-) -> torch.Tensor:  # A plain tensor on the CPU, without a graph
+    t:Tensor, # Of any device and class
+) -> Tensor:  # A plain tensor on the CPU, without a graph
     "`t` as numbers alone."
-    return t.detach().cpu().as_subclass(torch.Tensor)
+    return t.detach().cpu().as_subclass(Tensor)
 
 # %% ../nbs/api/25_heatmaps.ipynb #0a87542f
 def as_list(
@@ -65,8 +65,8 @@ class _RawMaps:
     "Raw maps of some images, by class and layer."
     def __init__(self,
         raw:list,              # A tensor a layer, (n, classes, h_l, w_l): signed, float32, at the layer's own size
-        images:torch.Tensor,   # What the network saw, (n, c, h, w), not normalised
-        probs:torch.Tensor,    # Probabilities (n, classes)
+        images:Tensor,   # What the network saw, (n, c, h, w), not normalised
+        probs:Tensor,    # Probabilities (n, classes)
         classes:Sequence,      # Names of the classes
         layers:Sequence[str],  # Names of the layers
         method:str,            # 'cam', 'gradcam', ...
@@ -89,12 +89,12 @@ class _RawMaps:
         return f'{self.method} of {len(self)} images; classes {", ".join(map(str, self.classes))}; layers {sizes}'
 
     @property
-    def maps(self) -> torch.Tensor:
+    def maps(self) -> Tensor:
         "Raw maps at network-input size, (n, classes, layers, h, w)."
         return torch.stack([upsample(o, self.images.shape[-2:]) for o in self.raw], 2)
 
     @property
-    def inputs(self) -> torch.Tensor:
+    def inputs(self) -> Tensor:
         "What the network was given, (n, c, h, w)."
         return (self.images-on_cpu(self.norm.mean))/on_cpu(self.norm.std) if self.norm else self.images
 
@@ -130,7 +130,7 @@ class _NativeMaps(_RawMaps):
         i:int,           # Number of the image
         cls=None,        # Class, by name or index; None: the likeliest
         layer=None,      # Layer; None: the last
-    ) -> torch.Tensor:   # float32, (rows, columns)
+    ) -> Tensor:   # float32, (rows, columns)
         "The raw map on the rows x columns of the original image; zero where the network saw nothing."
         rows, cols, *_ = self.where(i)
         return self.view.back(self.raw[self.layer(layer)][i, self.cls(i, cls)], rows, cols)

@@ -10,15 +10,16 @@ __all__ = ['patient_resamples', 'interval', 'fewest_patients', 'interval_text', 
 
 # %% ../nbs/api/21_intervals.ipynb #aa2add00
 import numpy as np, pandas as pd
+from numpy import ndarray
 from scipy.integrate import trapezoid
 from scipy.stats import binomtest
 
 # %% ../nbs/api/21_intervals.ipynb #e6ea964f
 def patient_resamples(
-    patient:np.ndarray, # (images,), whose image it is
+    patient:ndarray, # (images,), whose image it is
     n:int,              # How many draws
     seed:int,           # Of the draws
-) -> np.ndarray:        # (n+1, images) int: how often each image counts; in the first row once
+) -> ndarray:        # (n+1, images) int: how often each image counts; in the first row once
     "Weights of the images in the sample itself, then in `n` draws, with replacement, of as many patients as there are."
     who, patients = pd.factorize(np.asarray(patient))
     n_patients = len(patients)
@@ -37,7 +38,7 @@ def _exact(value, n):
 
 # %% ../nbs/api/21_intervals.ipynb #7a91c3e9
 def interval(
-    values:np.ndarray, # (m,): the value, then its resamples; those that are NaN do not count
+    values:ndarray, # (m,): the value, then its resamples; those that are NaN do not count
     n:int=None,        # Patients behind the metric, if it is a share
 ) -> dict:             # value, low, high
     "95 % percentile interval; for a value of 0 or 1 the exact one of Clopper and Pearson (1934), which needs `n`."
@@ -48,8 +49,8 @@ def interval(
 
 # %% ../nbs/api/21_intervals.ipynb #3727322b
 def fewest_patients(
-    patient:np.ndarray, # (n,) whose image it is
-    *of:np.ndarray,     # Sets of images, each (n,) bool
+    patient:ndarray, # (n,) whose image it is
+    *of:ndarray,     # Sets of images, each (n,) bool
 ) -> int:
     "How many patients there are in the smallest of the sets."
     return min(len(set(patient[images])) for images in of)
@@ -64,7 +65,7 @@ def interval_text(
 
 # %% ../nbs/api/21_intervals.ipynb #6e68f215
 def mean_interval(
-    values:np.ndarray, # One value an image, or a list
+    values:ndarray, # One value an image, or a list
     n:int=2000,        # Draws
     seed:int=42,       # Of the draws
 ) -> tuple:            # Mean, low, high
@@ -75,9 +76,9 @@ def mean_interval(
 
 # %% ../nbs/api/21_intervals.ipynb #17c4a5ed
 def roc_counts(
-    y:np.ndarray,       # (n,) bool: is the label the positive class?
-    p:np.ndarray,       # (n,) score of the positive class
-    weights:np.ndarray, # (m, n), as `patient_resamples` gives
+    y:ndarray,       # (n,) bool: is the label the positive class?
+    p:ndarray,       # (n,) score of the positive class
+    weights:ndarray, # (m, n), as `patient_resamples` gives
 ) -> tuple:             # True and false positives, each (m, thresholds+1), from none to all
     "Weighted counts as the threshold falls past one score after the other."
     order = np.argsort(-p, kind='stable')
@@ -90,17 +91,17 @@ def roc_counts(
 # %% ../nbs/api/21_intervals.ipynb #ca7dc66e
 @np.errstate(invalid='ignore')
 def average_precision(
-    tp:np.ndarray, # (m, thresholds+1) true positives, from `roc_counts`
-    fp:np.ndarray, # False positives, likewise
-) -> np.ndarray:   # (m,); NaN where no image is positive
+    tp:ndarray, # (m, thresholds+1) true positives, from `roc_counts`
+    fp:ndarray, # False positives, likewise
+) -> ndarray:   # (m,); NaN where no image is positive
     "Mean precision over the positive images, each at its own score as the threshold, for each row."
     found, called = tp[:, 1:], (tp+fp)[:, 1:]
     return np.nansum(np.diff(tp)*found/called, axis=1)/tp[:, -1]
 
 @np.errstate(invalid='ignore')
 def roc_area(
-    tp:np.ndarray, # (m, thresholds+1) true positives, from `roc_counts`
-    fp:np.ndarray, # False positives, likewise
-) -> np.ndarray:   # (m,); NaN where a class is missing
+    tp:ndarray, # (m, thresholds+1) true positives, from `roc_counts`
+    fp:ndarray, # False positives, likewise
+) -> ndarray:   # (m,); NaN where a class is missing
     "Area under the ROC curve, for each row."
     return trapezoid(tp, fp, axis=1)/(tp[:, -1]*fp[:, -1])

@@ -14,6 +14,7 @@ from typing import Callable
 import numpy as np, pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from numpy import ndarray
 from scipy.stats import binomtest
 
 from .labels import label_text
@@ -31,8 +32,8 @@ def _arrays(y, p): return np.asarray(y, bool), np.asarray(p)
 
 # %% ../nbs/api/24_plots.ipynb #77579550
 def plot_scores(
-    y:np.ndarray,                           # (n,) bool: is the label the positive class?
-    p:np.ndarray,                           # (n,) score of the positive class
+    y:ndarray,                           # (n,) bool: is the label the positive class?
+    p:ndarray,                           # (n,) score of the positive class
     ax:Axes=None,                           # Axes to draw on; None: new ones
     classes:tuple=('negative', 'positive'), # What to call the two
     threshold:float=0.5,                    # Drawn as a line
@@ -48,8 +49,8 @@ def plot_scores(
 
 # %% ../nbs/api/24_plots.ipynb #3c970e7f
 def plot_confusion(
-    y:np.ndarray,                           # (n,) bool: is it the positive class? Of more classes: which one
-    p:np.ndarray,                           # (n,) score of that class; (n, classes), of which the largest counts
+    y:ndarray,                           # (n,) bool: is it the positive class? Of more classes: which one
+    p:ndarray,                           # (n,) score of that class; (n, classes), of which the largest counts
     ax:Axes=None,                           # Axes to draw on; None: new ones
     classes:tuple=('negative', 'positive'), # What to call them
     threshold:float=0.5,                    # From which score on an image is called positive
@@ -82,7 +83,7 @@ def _curves(y, p, patient, n_resamples, seed):
     return tp, fp, fewest_patients(patient, y, ~y)
 
 def plot_band(
-    x:np.ndarray, # (m,) places on the x axis
+    x:ndarray, # (m,) places on the x axis
     curves:list,  # (n, m): the height of each resampled curve there, NaN where it has none
     ax:Axes,      # Axes to draw on
 ) -> Axes:
@@ -94,10 +95,10 @@ def plot_band(
 # %% ../nbs/api/24_plots.ipynb #2ea87af1
 @np.errstate(invalid='ignore')
 def plot_roc(
-    y:np.ndarray,            # (n,) bool: is the label the positive class?
-    p:np.ndarray,            # (n,) score of the positive class
+    y:ndarray,            # (n,) bool: is the label the positive class?
+    p:ndarray,            # (n,) score of the positive class
     ax:Axes=None,            # Axes to draw on; None: new ones
-    patient:np.ndarray=None, # (n,) whose image it is, for the band; None: each image is a patient of its own
+    patient:ndarray=None, # (n,) whose image it is, for the band; None: each image is a patient of its own
     threshold:float=0.5,     # Marked on the curve
     n_resamples:int=1000,    # Bootstrap resamples
     seed:int=42,             # Of the resampling
@@ -119,10 +120,10 @@ def plot_roc(
 # %% ../nbs/api/24_plots.ipynb #00756c68
 @np.errstate(invalid='ignore')
 def plot_pr(
-    y:np.ndarray,            # (n,) bool: is the label the positive class?
-    p:np.ndarray,            # (n,) score of the positive class
+    y:ndarray,            # (n,) bool: is the label the positive class?
+    p:ndarray,            # (n,) score of the positive class
     ax:Axes=None,            # Axes to draw on; None: new ones
-    patient:np.ndarray=None, # (n,) whose image it is, for the band; None: each image is a patient of its own
+    patient:ndarray=None, # (n,) whose image it is, for the band; None: each image is a patient of its own
     threshold:float=0.5,     # Marked on the curve
     n_resamples:int=1000,    # Bootstrap resamples
     seed:int=42,             # Of the resampling
@@ -147,8 +148,8 @@ def plot_pr(
 
 # %% ../nbs/api/24_plots.ipynb #efb71e0b
 def plot_calibration(
-    y:np.ndarray, # (n,) bool: is the label the positive class?
-    p:np.ndarray, # (n,) score of the positive class
+    y:ndarray, # (n,) bool: is the label the positive class?
+    p:ndarray, # (n,) score of the positive class
     ax:Axes=None, # Axes to draw on; None: new ones
     bins:int=10,  # Of equal width
 ) -> Axes:

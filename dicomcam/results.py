@@ -12,7 +12,8 @@ __all__ = ['known_table', 'predictions', 'as_predictions', 'prediction_classes',
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np, pandas as pd
+import numpy as np
+from pandas import DataFrame
 from sklearn.metrics import roc_curve
 from sklearn.model_selection import StratifiedGroupKFold
 
@@ -29,7 +30,7 @@ def _batches(learn, items):
     elif isinstance(items, DataLoader): dl = items
     else:
         if isinstance(items, (str, Path)): items = [items]
-        files = items.file if isinstance(items, pd.DataFrame) else items
+        files = items.file if isinstance(items, DataFrame) else items
         dl = learn.dls.test_dl(list(files), num_workers=0)
     if len(dl.items): return dl
     raise ValueError('No images: this learner has no validation set. '
@@ -43,7 +44,7 @@ def _named(targets, vocab):
 # %% ../nbs/api/22_results.ipynb #db0362e7
 def known_table(
     learn:Learner, # From `dicom_learner`, or any
-) -> pd.DataFrame: # As `label_table` gives, with `is_valid`; None where nothing is known, after `load_model` say
+) -> DataFrame: # As `label_table` gives, with `is_valid`; None where nothing is known, after `load_model` say
     "All labelled images that a learner was made with, those for training too."
     return getattr(setup_of(learn.dls), 'table', None)
 
@@ -73,41 +74,41 @@ def predictions(
     learn:Learner,       # From `dicom_learner` or `load_model`
     items=None,          # None: the validation set; a table, from `label_table`; a DataLoader; a path, or several
     progress:bool=False, # Show a bar with the time left?
-) -> pd.DataFrame:       # Columns file, label, patient, loss, and one a class: its probability
+) -> DataFrame:       # Columns file, label, patient, loss, and one a class: its probability
     """What the network says of each image, beside what is known of it. Label and loss are missing where nobody knows
     them. Raises ValueError for a label that the network has not learnt, and where there are no images."""
     vocab, dl = list(learn.dls.vocab), _batches(learn, items)
     with nullcontext() if progress else learn.no_bar(): probs, targets = learn.get_preds(dl=dl)
     probs, files = probs.double().numpy(), [Path(o) for o in dl.items]
-    if isinstance(items, pd.DataFrame): table, labels = items, items.get('label')
+    if isinstance(items, DataFrame): table, labels = items, items.get('label')
     else:
         table = known_table(learn)
         labels = None if targets is None else _named(targets, vocab)
 
-    df = pd.DataFrame(dict(file=files, label=None, patient=_patients(files, table), loss=np.nan))
+    df = DataFrame(dict(file=files, label=None, patient=_patients(files, table), loss=np.nan))
     if labels is not None:
         df['label'] = list(labels)
         _check_labels(df.label, vocab)
         df['loss'] = _losses(df.label, probs, vocab)
-    return df.join(pd.DataFrame(probs, columns=vocab))
+    return df.join(DataFrame(probs, columns=vocab))
 
 # %% ../nbs/api/22_results.ipynb #8613e906
 def as_predictions(
-    learn:Learner|pd.DataFrame, # Learner, or what `predictions` gave
+    learn:Learner|DataFrame, # Learner, or what `predictions` gave
     items=None,                 # As for `predictions`
-) -> pd.DataFrame:              # As from `predictions`
+) -> DataFrame:              # As from `predictions`
     "The table of predictions; a table is taken as it is."
-    return learn if isinstance(learn, pd.DataFrame) else predictions(learn, items)
+    return learn if isinstance(learn, DataFrame) else predictions(learn, items)
 
 def prediction_classes(
-    df:pd.DataFrame, # From `predictions`
+    df:DataFrame, # From `predictions`
 ) -> list:           # Names, in the order of the vocab
     "The classes of a table of predictions: all columns after file, label, patient and loss."
     return list(df.columns[4:])
 
 # %% ../nbs/api/22_results.ipynb #3156b737
 def positive_class(
-    df:pd.DataFrame,   # From `predictions`
+    df:DataFrame,   # From `predictions`
     positive:str=None, # Class that counts as positive; None: the last of two
 ) -> str:
     "The name of the positive class. Raises ValueError where a label is unknown, or the class is unknown or not clear."
@@ -119,7 +120,7 @@ def positive_class(
 
 # %% ../nbs/api/22_results.ipynb #3e37f6fe
 def positive_scores(
-    learn:Learner|pd.DataFrame, # Learner, or what `predictions` gave
+    learn:Learner|DataFrame, # Learner, or what `predictions` gave
     items=None,                 # As for `predictions`
     positive:str=None,          # Class that counts as positive; None: the last of two
 ) -> tuple:                     # Arrays (n,): probability of that class, whether it is the label, patient
@@ -205,7 +206,7 @@ def _metrics(y, p, called, patient, n_resamples, seed):
 
 # %% ../nbs/api/22_results.ipynb #f676159b
 def evaluate(
-    learn:Learner|pd.DataFrame,    # Learner, or what `predictions` gave
+    learn:Learner|DataFrame,    # Learner, or what `predictions` gave
     items=None,                    # As for `predictions`
     positive:str=None,             # Class that counts as positive; None: the last of two
     threshold:float|str|tuple=0.5, # From which score on an image is positive; or 'youden', or ('sensitivity', 0.9)

@@ -9,6 +9,7 @@ __all__ = ['FIELD', 'grid', 'to_pixels', 'ellipsoid', 'stack', 'smooth', 'draw',
 
 # %% ../nbs/api/06_solids.ipynb #12c58d82
 import cv2, numpy as np
+from numpy import ndarray
 
 # %% ../nbs/api/06_solids.ipynb #7d2c354c
 FIELD = 42. # side of the detector in cm
@@ -23,20 +24,20 @@ def grid(
 
 # %% ../nbs/api/06_solids.ipynb #0ec2a312
 def to_pixels(
-    points:np.ndarray, # (..., 2) x and y in cm
+    points:ndarray, # (..., 2) x and y in cm
     size:int,          # Pixels a side
-) -> np.ndarray:       # Same shape, int32, in sixteenths of a pixel
+) -> ndarray:       # Same shape, int32, in sixteenths of a pixel
     "Points as OpenCV's drawing functions take them with `shift=4`."
     return np.round(((np.asarray(points)/FIELD+.5)*size-.5)*16).astype(np.int32)
 
 # %% ../nbs/api/06_solids.ipynb #73ffa82d
 def ellipsoid(
-    x:np.ndarray,  # (1, w) cm
-    y:np.ndarray,  # (h, 1) cm
+    x:ndarray,  # (1, w) cm
+    y:ndarray,  # (h, 1) cm
     centre:tuple,  # (x, y) in cm
     radii:tuple,   # Half axes (x, y, depth) in cm
     tilt:float=0,  # Radians, clockwise
-) -> np.ndarray:   # (h, w) float32 cm
+) -> ndarray:   # (h, w) float32 cm
     "Path of each ray through an ellipsoid."
     path = np.zeros((y.size, x.size), np.float32)
     reach = max(radii[:2])
@@ -50,20 +51,20 @@ def ellipsoid(
 
 # %% ../nbs/api/06_solids.ipynb #de09582c
 def stack(
-    x:np.ndarray,           # (1, w) cm
-    lo:np.ndarray,          # (h, 1) left edge of each slice in cm
-    hi:np.ndarray,          # (h, 1) right edge of each slice in cm
-    depth:np.ndarray|float, # (h, 1) or a number: depth of each slice in its middle, cm
+    x:ndarray,           # (1, w) cm
+    lo:ndarray,          # (h, 1) left edge of each slice in cm
+    hi:ndarray,          # (h, 1) right edge of each slice in cm
+    depth:ndarray|float, # (h, 1) or a number: depth of each slice in its middle, cm
     power:int=2,            # Even; 2: an ellipse
-) -> np.ndarray:            # (h, w) cm
+) -> ndarray:            # (h, w) cm
     "Path of each ray through a body whose cross-section at each height is a superellipse."
     across = (2*x-lo-hi)/np.maximum(hi-lo, 1e-3)
     return depth*np.sqrt(np.maximum(0, 1-(across*across)**(power//2)))
 
 # %% ../nbs/api/06_solids.ipynb #d0bb5130
 def smooth(
-    points:np.ndarray, # (n, 2) x and y in cm
-) -> np.ndarray:       # (60, 2)
+    points:ndarray, # (n, 2) x and y in cm
+) -> ndarray:       # (60, 2)
     "A curve that rounds the corners of `points`."
     at = np.linspace(0, len(points)-1, 60)
     curve = np.stack([np.interp(at, range(len(points)), o) for o in np.asarray(points, float).T], 1)
@@ -73,7 +74,7 @@ def smooth(
 def draw(
     size:int,    # Pixels a side
     lines:list,  # (points (n, 2) in cm, radius in cm) of each
-) -> np.ndarray: # (size, size) uint8, 255 inside
+) -> ndarray: # (size, size) uint8, 255 inside
     "Silhouette of `lines`."
     mask = np.zeros((size, size), np.uint8)
     for points, radius in lines:
@@ -83,10 +84,10 @@ def draw(
 
 # %% ../nbs/api/06_solids.ipynb #73eb6228
 def tube(
-    silhouette:np.ndarray,  # (size, size) uint8, see `draw`
+    silhouette:ndarray,  # (size, size) uint8, see `draw`
     radius:float,           # cm
     shell:float|None=None,  # Thickness in cm; None: solid
-) -> np.ndarray:            # (size, size) float32 cm
+) -> ndarray:            # (size, size) float32 cm
     "Path of each ray through round tubes; with a `shell` their inside is three quarters hollow."
     edge = cv2.distanceTransform((silhouette > 127).astype(np.uint8), cv2.DIST_L2, 5)*(FIELD/len(silhouette))
     edge = np.minimum(edge, radius)

@@ -11,6 +11,7 @@ __all__ = ['ELEMENTS', 'header_auc', 'subgroups']
 import warnings
 
 import numpy as np, pandas as pd
+from pandas import DataFrame
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_predict
 from sklearn.pipeline import make_pipeline
@@ -38,12 +39,12 @@ def _groups(files, elements):
 
 # %% ../nbs/api/23_subgroups.ipynb #702f10ec
 def header_auc(
-    table:pd.DataFrame,      # Columns file, label, and group or patient: from `label_table` or `predictions`
+    table:DataFrame,      # Columns file, label, and group or patient: from `label_table` or `predictions`
     positive:str,            # Class that counts as positive
     elements:tuple=ELEMENTS, # DICOM keywords
     n_resamples:int=1000,    # Bootstrap resamples
     seed:int=42,             # Of the resampling and of the folds
-) -> pd.DataFrame:           # Index: element; columns value, low, high
+) -> DataFrame:           # Index: element; columns value, low, high
     """ROC AUC of the label predicted from one header element: logistic regression, mean over five folds by patient.
     Warns where it is 0.55 or more and its 95 % interval lies above 0.5. Elements that do not vary are left out."""
     y = has_class(table.label, positive).to_numpy(bool)
@@ -61,18 +62,18 @@ def header_auc(
         says = f'{name} alone predicts {positive}: {interval_text("AUC", auc)}.'
         hint = 'The network may have learnt that instead; look at the results within each group.'
         warnings.warn(f'{says} {hint}', stacklevel=2)
-    return pd.DataFrame(rows, index=['value', 'low', 'high']).T
+    return DataFrame(rows, index=['value', 'low', 'high']).T
 
 # %% ../nbs/api/23_subgroups.ipynb #bdba6693
 def subgroups(
-    learn:Learner|pd.DataFrame, # Learner, or what `predictions` gave
+    learn:Learner|DataFrame, # Learner, or what `predictions` gave
     items=None,                 # As for `predictions`
     positive:str=None,          # Class that counts as positive; None: the last of two
     elements:tuple=ELEMENTS,    # DICOM keywords
     n_resamples:int=1000,       # Bootstrap resamples
     seed:int=42,                # Of the resampling
-    table:pd.DataFrame=None,    # On which the header alone is tried; None: all that a Learner knows, else those above
-) -> pd.DataFrame:              # Index: element, value; images, patients, positives, rate, auc, low, high, header_auc
+    table:DataFrame=None,    # On which the header alone is tried; None: all that a Learner knows, else those above
+) -> DataFrame:              # Index: element, value; images, patients, positives, rate, auc, low, high, header_auc
     """Results by what the header has, with 95 % intervals, AUC NaN where there is one class only; and how well the
     element alone predicts the label (`header_auc`). Raises ValueError as `positive_class` does."""
     df = as_predictions(learn, items)
@@ -89,4 +90,4 @@ def subgroups(
             counts = len(y), len(set(patient)), y.sum(), y.mean()
             rows.append((name, value, *counts, *auc.values(), alone.get(name, np.nan)))
     cols = ['element', 'value', 'images', 'patients', 'positives', 'rate', 'auc', 'low', 'high', 'header_auc']
-    return pd.DataFrame(rows, columns=cols).set_index(['element', 'value'])
+    return DataFrame(rows, columns=cols).set_index(['element', 'value'])
