@@ -8,15 +8,12 @@ Docs: https://dicomcam.github.io/dicomcam/api/localize.html.md"""
 __all__ = ['baselines', 'beside_baselines', 'localization', 'pointing_game', 'mass_in_mask', 'iou', 'iobb']
 
 # %% ../nbs/api/30_localize.ipynb #c69dcdab
-from pathlib import Path
-
 import numpy as np, pandas as pd, torch
-from PIL import Image
 from fastai.torch_core import to_np
 from scipy import ndimage
 
 from .intervals import mean_interval
-from .heatmaps import Heatmaps, as_list
+from .heatmaps import Heatmaps, as_list, read_mask
 from .measures import MEASURES
 
 # %% ../nbs/api/30_localize.ipynb #db3d5b4a
@@ -45,20 +42,12 @@ def beside_baselines(
     return judged + [(o, 0) for o in baselines(hs[0])]
 
 # %% ../nbs/api/30_localize.ipynb #72c94bd7
-def _read_mask(mask, shape):
-    "Boolean lesion mask for an image of `shape`, from an array or a file."
-    if isinstance(mask, (str, Path)): mask = Image.open(mask)
-    mask = np.asarray(mask) > 0
-    if mask.shape != shape:
-        raise ValueError(f'A mask of {mask.shape} for an image of {shape}: '
-            'masks are on the rows x columns of the original.')
-    if not mask.any(): raise ValueError('A mask without a lesion. Give None for an image that has none.')
-    return mask
-
 def _known(h, masks):
     "Image number -> mask, where there is one."
-    known = {i: _read_mask(m, h.where(i)[:2]) for i, m in enumerate(masks) if m is not None}
+    known = {i: read_mask(m, *h.where(i)[:2]) for i, m in enumerate(masks) if m is not None}
     if not known: raise ValueError('No mask at all: these measures need images with a known lesion.')
+    if not all(m.any() for m in known.values()):
+        raise ValueError('A mask without a lesion. Give None for an image that has none.')
     return known
 
 # %% ../nbs/api/30_localize.ipynb #faaf0285

@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from numpy import ndarray
 from scipy.stats import binomtest
 
+from .text import for_figure
 from .labels import label_text
 from .intervals import (average_precision, fewest_patients, interval, interval_text, patient_resamples,
     roc_area, roc_counts)
@@ -41,9 +42,10 @@ def plot_scores(
     "Histogram of the scores, one for each class."
     ax = _axes(ax, 6, 3)
     y, p = _arrays(y, p)
-    for images, name in zip((~y, y), classes): ax.hist(p[images], list(np.linspace(0, 1, 21)), alpha=0.6, label=name)
+    names = [for_figure(o) for o in classes]
+    for images, name in zip((~y, y), names): ax.hist(p[images], list(np.linspace(0, 1, 21)), alpha=0.6, label=name)
     ax.axvline(threshold, c='k', ls=':', label=f'threshold {threshold:.2f}')
-    ax.set(title='Scores', xlabel=f'probability given to {classes[1]}', ylabel='images')
+    ax.set(title='Scores', xlabel=f'probability given to {names[1]}', ylabel='images')
     ax.legend()
     return ax
 
@@ -68,7 +70,7 @@ def plot_confusion(
     ax.imshow(shares, cmap='Blues', vmin=0, vmax=1)
     for (i, j), n in np.ndenumerate(counts):
         ax.text(j, i, f'{n}\n{shares[i, j]:.0%}', ha='center', va='center', c='w' if shares[i, j] > .6 else 'k')
-    at, names = range(n_classes), [str(o).replace(' ', '\n') for o in classes]
+    at, names = range(n_classes), [for_figure(o).replace(' ', '\n') for o in classes]
     ax.set(title='Confusion matrix', xlabel='predicted', ylabel='label', xticks=at, yticks=at, xticklabels=names,
         yticklabels=names)
     return ax
@@ -181,7 +183,7 @@ def plot_subgroups(
     arms = np.maximum(0, [df.auc-df.low, df.high-df.auc]) # rounding may make an empty one negative
     ax.errorbar(df.auc, at, xerr=arms, fmt='o', capsize=3)
     ax.axvline(.5, ls=':', c='gray')
-    names = [f'{element} {value} ({n} images)' for (element, value), n in df.images.items()]
+    names = [f'{for_figure(element)} {for_figure(value)} ({n} images)' for (element, value), n in df.images.items()]
     ax.set(title='ROC AUC by group', xlabel='AUC, 95 % interval', xlim=(-.02, 1.02), ylim=(len(df)-.5, -.5), yticks=at,
         yticklabels=names)
     return ax
@@ -206,6 +208,6 @@ def plot_top_losses(
     for i, (label, loss) in enumerate(zip(df.label, df.loss)):
         cls, pair = h.cls(i), axs.flat[2*i:2*i+2]
         h.show(i, cls, layer, axs=pair)
-        pair[0].set_title(f'{label_text(label)}\nloss {loss:.2f}', fontsize=9)
-        pair[1].set_title(f'{h.classes[cls]} {h.probs[i].max():.2f}\nlayer {layer}', fontsize=9)
+        pair[0].set_title(f'{for_figure(label_text(label))}\nloss {loss:.2f}', fontsize=9)
+        pair[1].set_title(f'{for_figure(h.classes[cls])} {h.probs[i].max():.2f}\nlayer {for_figure(layer)}', fontsize=9)
     return fig

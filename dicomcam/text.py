@@ -17,7 +17,9 @@ def for_terminal(
     text:str, # From anywhere
 ) -> str: # One line
     r"`text` with control characters as a person can read them: ESC becomes `\x1b`, a newline `\n`."
-    return ''.join(repr(c)[1:-1] if unicodedata.category(c) in _RAW else c for c in str(text))
+    text = str(text)
+    if text.isprintable(): return text # most is, and this is fast: pictures in HTML are millions of characters
+    return ''.join(repr(c)[1:-1] if unicodedata.category(c) in _RAW else c for c in text)
 
 # %% ../nbs/api/00b_text.ipynb #ef830f97
 _FORMULA = re.compile(r'\s*[=+\-@]|[\t\r]')
@@ -40,7 +42,11 @@ def safe_table(
 
 # %% ../nbs/api/00b_text.ipynb #3576580a
 def for_figure(
-    text:str, # From anywhere
+    text:str,    # From anywhere
+    most:int=40, # Characters that there is room for
 ) -> str: # One line
-    "`text` for matplotlib: no mathematics, no control characters."
-    return for_terminal(text).replace('$', r'\$')
+    "`text` for matplotlib: no mathematics, no control characters, not too long."
+    text = for_terminal(text)
+    if len(text) > most: text = f'{text[:most-13]}…{text[-12:]}'
+    if text.startswith('_'): text = f' {text}' # legends leave it out otherwise
+    return text.replace('$', r'\$')

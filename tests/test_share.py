@@ -4,10 +4,11 @@ from collections import OrderedDict
 from io import BytesIO
 from pathlib import Path
 
-import cv2, numpy as np, pydicom, pytest, torch
+import cv2, numpy as np, pandas as pd, pydicom, pytest, torch
 from fastai.learner import Learner
 from fastai.torch_core import to_np
 from fastai.vision.models.xresnet import xresnet18
+from matplotlib import pyplot as plt
 from PIL import Image
 from pydicom.uid import generate_uid
 from torch import nn
@@ -19,6 +20,7 @@ from dicomcam.cam import Heatmaps, positive, to_unit
 from dicomcam.pictures import heat_uri, outline_path
 from dicomcam.share import overlay, report, save_sc, save_seg
 from dicomcam.summary import is_phi
+from dicomcam.text import for_figure
 from dicomcam.train import label_table, load_model, save_model, train_learner
 
 CORPUS = Path(pydicom.__file__).parent/'data/test_files'
@@ -158,6 +160,40 @@ def test_plain_errors(folder, tmp_path, monkeypatch):
     assert [o.name for o in tmp_path.iterdir()] == ['taken'] # nothing half written
     monkeypatch.setattr(objects, 'find_spec', lambda name: None)
     with pytest.raises(ImportError, match=r'pip install "dicomcam\[dicom\]"'): save_seg(h, 0, tmp_path/'x.dcm')
+
+# ---- pictures
+
+ODD = 'costs $_$', '_hidden', 'two\nlines', 'bell\a \x1b[31m', 'x'*300, '🫁', '\u202eevil', '<b>&"' # text that strangers may write
+
+def shown(fig): return [o.get_text() for o in fig.findobj(lambda o: hasattr(o, 'get_text')) if o.get_text()]
+
+def test_a_mask_of_another_size_is_refused(folder):
+    h = heatmaps(label_table(folder).file[:1].tolist())
+    h.show(mask=np.eye(96) > 0)
+    with pytest.raises(ValueError, match=r'A mask of \(48, 96\) for an image of \(96, 96\)'): h.show(mask=np.ones((48, 96)))
+
+def test_no_picture_names_its_file(folder):
+    file = label_table(folder).file[0]
+    assert not [o for o in shown(heatmaps([file]).show()) if file.stem in o]
+
+@pytest.mark.filterwarnings('ignore:Glyph') # a font need not have them all
+@pytest.mark.parametrize('odd', ODD, ids=ascii)
+def test_pictures_of_odd_names(odd, folder, tmp_path):
+    "Each is drawn, and shows no control character"
+    from dicomcam.plots import plot_confusion, plot_scores, plot_subgroups
+    h = heatmaps(label_table(folder).file[:1].tolist())
+    h.classes, h.layers = ['no', odd], ['5', odd]
+    y, groups = np.array([0, 1, 1]), pd.MultiIndex.from_tuples([('Manufacturer', odd)], names=['element', 'value'])
+    df = pd.DataFrame(dict(images=[3], auc=[.5], low=[.4], high=[.6]), groups)
+    plots = [plot(y, y*.9, classes=('no', odd)) for plot in (plot_scores, plot_confusion)] + [plot_subgroups(df)]
+    want = ' '.join(for_figure(odd).split())
+    for fig in h.show(), *(o.figure for o in plots):
+        fig.savefig(tmp_path/'x.png')
+        fig.savefig(tmp_path/'x.svg')
+        says = [' '.join(o.split()) for o in shown(fig)] # names of classes are broken at blanks
+        assert any(want in o for o in says) and max(map(len, says)) < 100 and ''.join(says).isprintable(), says
+    assert plots[0].get_legend_handles_labels()[1].count(for_figure(odd)) == 1
+    plt.close('all')
 
 # ---- the report
 
