@@ -109,11 +109,12 @@ def summary(folder, out, force, pixels, phi):
     if Path(out).suffix not in ('.csv', '.parquet'): raise ValueError(f'{out}: a table ends in .parquet or .csv.')
     with _output(out, force) as part:
         from dicomcam.summary import find_dicoms, summarize
+        from dicomcam.text import write_csv
         files = find_dicoms(folder)
         if not files: raise ValueError(f'{folder}: holds no DICOM file.')
         click.echo(f'Reading {len(files)} files ...')
         df = summarize(files, pixels, phi=phi)
-        if out.endswith('.csv'): df.to_csv(part, index=False)
+        if out.endswith('.csv'): write_csv(df, part)
         else: df.to_parquet(part)
     unread = df.error.notna().sum()
     click.echo(f'{len(df)} files, {unread} with something that could not be read (column error). Table in {out}')

@@ -94,10 +94,11 @@ def run_demo(
     from dicomcam.report import report
     from dicomcam.results import evaluate, predictions
     from dicomcam.summary import summarize
+    from dicomcam.text import write_csv
     from dicomcam.training import default_recipe, train_learner
     files = label_table(data, by=None).file.tolist()
     out.mkdir(parents=True, exist_ok=True)
-    with step('summary', f'Reading {len(files)} files ...'): summarize(files).to_csv(out/'summary.csv', index=False)
+    with step('summary', f'Reading {len(files)} files ...'): write_csv(summarize(files), out/'summary.csv')
     recipe = {**default_recipe(), **recipe}
     with step('train', _training(recipe)): learn = train_learner(data, seed, **recipe)
     save_model(learn, out/'model.safetensors')

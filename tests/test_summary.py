@@ -1,15 +1,17 @@
 """The table: fastai's columns and values, NumPy's statistics, a row for each file whatever happens, and no process left behind"""
-import json, math, os, signal, subprocess, sys, time
+import csv, json, math, os, signal, subprocess, sys, time
 from pathlib import Path
 from unittest import mock
 
 import numpy as np, pandas as pd, pydicom, pytest
+from click.testing import CliRunner
 from joblib import parallel_config
 from pydicom import uid
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.sequence import Sequence
 
+from dicomcam import cli
 from dicomcam.dicom import DicomError
 from dicomcam.summary import _batches, column_name, find_dicoms, header_row, is_phi, pixel_stats, summarize, years
 
@@ -187,6 +189,19 @@ def test_written_and_read(tmp_path):
     df.to_csv(tmp_path/'a.csv', index=False)
     assert pd.read_csv(tmp_path/'a.csv', low_memory=False).shape==df.shape
     assert df.columns.is_unique
+
+def test_csv_one_row_a_file(tmp_path):
+    "Whatever text a header holds: pandas and the csv module read as many rows as there are files, with the text as it was; no cell is run by a spreadsheet"
+    odd = ['a\rb', 'a\nb', 'a\r\nb', '\rx', 'a\x0bb', 'a\x0c\x1c\x85b', 'a\u2028b\u2029', 'a"b,c;d', '=1+1', '+49 30', '@x', '-2', '-x']
+    for i, text in enumerate(odd): dataset(PatientComments=text, PatientName=f'n{i}', SpecificCharacterSet='ISO_IR 192').save_as(tmp_path/f'{i:02}.dcm', enforce_file_format=True)
+    out = tmp_path/'a.csv'
+    r = CliRunner().invoke(cli.main, ['summary', str(tmp_path), '--no-pixels', '--out', str(out)])
+    assert r.exit_code==0, r.output
+    with open(out, newline='', encoding='utf-8') as f: rows = list(csv.DictReader(f))
+    df = pd.read_csv(out)
+    assert [o['PatientName'] for o in rows]==df.PatientName.tolist()==[f'n{i}' for i in range(len(odd))]
+    marked = ["'"+o if o[0] in '=+-@\r' and o!='-2' else o for o in odd]
+    assert [o['PatientComments'] for o in rows]==df.PatientComments.tolist()==marked
 
 def die_on(fns, word):
     if any(word in o for o in fns): os._exit(11)
