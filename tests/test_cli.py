@@ -25,11 +25,10 @@ def one_line(r, *says):
 
 @pytest.fixture(autouse=True)
 def as_before():
-    "A command changes what a process does on SIGTERM, and training's progress bar: not for the tests after it"
+    "A command changes training's progress bar: not for the tests after it"
     from fastprogress import fastprogress
-    handler, no_bar = signal.getsignal(signal.SIGTERM), fastprogress.NO_BAR
+    no_bar = fastprogress.NO_BAR
     yield
-    signal.signal(signal.SIGTERM, handler)
     fastprogress.NO_BAR = no_bar
 
 @pytest.fixture(scope='module')
@@ -120,14 +119,14 @@ def test_what_is_there_stays_and_what_fails_leaves_nothing(tmp_path):
     (tmp_path/'out').mkdir()
     (tmp_path/'out'/'mine.txt').write_text('mine')
     with pytest.raises(FileExistsError, match='--force'):
-        with cli._output(tmp_path/'out', False): pass
-    with pytest.raises(KeyboardInterrupt), cli._output(tmp_path/'out', True) as part:
+        with cli._output(tmp_path/'out', False, folder=True): pass
+    with pytest.raises(KeyboardInterrupt), cli._output(tmp_path/'out', True, folder=True) as part:
         part.mkdir()
         (part/'new.txt').write_text('half')
         raise KeyboardInterrupt
     assert [o.name for o in tmp_path.rglob('*')] == ['out', 'mine.txt']
     for text in 'first', 'second':
-        with cli._output(tmp_path/'out', True) as part:
+        with cli._output(tmp_path/'out', True, folder=True) as part:
             (part/'maps').mkdir(parents=True)
             (part/'maps'/f'{text}.txt').write_text(text)
             (part/'new.txt').write_text(text)
@@ -135,7 +134,7 @@ def test_what_is_there_stays_and_what_fails_leaves_nothing(tmp_path):
     with cli._output(tmp_path/'deep'/'table.csv', False) as part: part.write_text('1')
     assert (tmp_path/'deep'/'table.csv').read_text() == '1' and len(list((tmp_path/'deep').iterdir())) == 1
     (tmp_path/'empty').mkdir()
-    with cli._output(tmp_path/'empty', False) as part: part.mkdir()
+    with cli._output(tmp_path/'empty', False, folder=True) as part: part.mkdir()
 
 @pytest.fixture(scope='module')
 def many(folder, tmp_path_factory):
@@ -146,7 +145,7 @@ def many(folder, tmp_path_factory):
     return out
 
 @pytest.mark.posix
-@pytest.mark.parametrize('when, sig', [('train', signal.SIGINT), ('explain', signal.SIGINT), ('explain', signal.SIGTERM), ('summary', signal.SIGINT)])
+@pytest.mark.parametrize('when, sig', [('train', signal.SIGINT), ('explain', signal.SIGINT), ('explain', signal.SIGTERM), ('explain', signal.SIGHUP), ('summary', signal.SIGINT)])
 def test_ctrl_c_leaves_nothing_and_exits_130(folder, many, model, tmp_path, when, sig):
     args, sign = dict(train=(['train', folder, *small[:4], '--epochs', '999999'], 'train_loss'), # the head of fastai's table
                       explain=(['explain', model, many], 'Heatmaps of'), summary=(['summary', many, '--out', 'x.csv'], 'Reading'))[when]

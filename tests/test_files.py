@@ -147,7 +147,7 @@ def test_plain_progress():
     assert r.stdout == 'True\n', r.stderr
 
 def test_short_path(monkeypatch, tmp_path):
-    monkeypatch.setattr(Path, 'home', lambda: tmp_path)
+    for o in 'HOME', 'USERPROFILE': monkeypatch.setenv(o, str(tmp_path))
     assert short_path(tmp_path/'data'/'a.csv') == str(Path('~')/'data'/'a.csv')
     assert short_path('data/a.csv') == 'data/a.csv'
 

@@ -70,7 +70,7 @@ def test_wheel_and_sdist(tmp_path):
     cfg = ConfigParser(delimiters=['='])
     cfg.read(root/'settings.ini')
     for o in cfg['DEFAULT']['requirements'].split(): assert f'Requires-Dist: {o}' in meta, o
-    assert 'dicomcam = dicomcam.cli:main' in entry and 'dicomcam = dicomcam._modidx:d' in entry
+    assert 'dicomcam = dicomcam.__main__:run' in entry and 'dicomcam = dicomcam._modidx:d' in entry
     assert 'Requires-Python: >=3.11' in meta and 'Provides-Extra: codecs' in meta
     assert tomllib.loads((root/'pyproject.toml').read_text())['project']['description'] in meta
 
