@@ -68,7 +68,7 @@ def positive_classes(
         return [positive]
     return vocab[-1:] if len(vocab) == 2 and not multi else vocab
 
-# %% ../nbs/api/13_labels.ipynb #17f67a5c
+# %% ../nbs/api/13_labels.ipynb #39756b35
 _FLAGS = dict.fromkeys(('0', 'false', 'no'), False) | dict.fromkeys(('1', 'true', 'yes'), True)
 
 def _tidy(value):
@@ -131,7 +131,7 @@ def _labels(df, files, label_col, label_delim, label_values, src):
     if '' in names: raise ValueError(f'{src}: no label for {files[names.index("")]}. Fill it in, or drop the row.')
     return names
 
-# %% ../nbs/api/13_labels.ipynb #6a1855b5
+# %% ../nbs/api/13_labels.ipynb #bec39b47
 def _look(name):
     "What a person sees of a name, without telling small letters from capitals."
     text = unicodedata.normalize('NFKC', name).casefold()
@@ -185,7 +185,7 @@ def _raw_table(path, labels, file_col):
         raise ValueError(f'{src}: its first image became the name of a column. Read it with header=None.')
     return pd.DataFrame([raw.columns, *raw.values]), src
 
-# %% ../nbs/api/13_labels.ipynb #bd76fd34
+# %% ../nbs/api/13_labels.ipynb #48b68ea3
 def _files(path, names, src):
     "The files of a table, all of them there, none twice."
     blank = [i for i, name in enumerate(names, 1) if not _tidy(name)]
@@ -307,9 +307,11 @@ def patient_split(
         raise ValueError(f'Class {rare!r} has one patient only, who cannot be on both sides of the split. '
             'Add patients, or drop the class.')
     n = max(2, min(round(1/valid_pct), patients[rare]))
+    strata = df.label.map(str)
+    if strata.value_counts().max() < n: strata[:] = '' # every combination of labels is rarer than folds
     with warnings.catch_warnings(action='ignore', category=UserWarning):
         # scikit-learn warns of combinations of labels that are rarer than folds; each label is looked at below
-        folds = StratifiedGroupKFold(n, shuffle=True, random_state=seed).split(df, df.label.map(str), df.group)
+        folds = StratifiedGroupKFold(n, shuffle=True, random_state=seed).split(df, strata, df.group)
         for train, valid in folds:
             if all(has.iloc[side].any() for has in having.values() for side in (train, valid)): return train, valid
     raise ValueError('No split by patient leaves every class on both sides. Add patients, or drop the rarest class.')

@@ -231,3 +231,9 @@ def test_a_keyword_that_some_files_lack(copy, films):
 
 def test_nothing_is_said_where_all_is_well(folder):
     with warnings.catch_warnings(action='error'): label_table(folder)
+
+def test_no_two_images_have_the_same_labels():
+    label = [tuple(cls for k, cls in enumerate('abcd') if i >> k & 1) for i in range(16)]
+    df = pd.DataFrame(dict(label=label, group=[str(i) for i in range(16)]))
+    train, valid = patient_split(df)
+    for side in train, valid: assert set().union(*df.label.iloc[side]) == set('abcd')
