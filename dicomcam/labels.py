@@ -68,7 +68,7 @@ def positive_classes(
         return [positive]
     return vocab[-1:] if len(vocab) == 2 and not multi else vocab
 
-# %% ../nbs/api/13_labels.ipynb #39756b35
+# %% ../nbs/api/13_labels.ipynb #973e790a
 _FLAGS = dict.fromkeys(('0', 'false', 'no'), False) | dict.fromkeys(('1', 'true', 'yes'), True)
 
 def _tidy(value):
@@ -93,8 +93,8 @@ def _flags(column, files, src, cure, meanings=_FLAGS):
     cells = [_plain(cell) for cell in column]
     for cell, file in zip(cells, files):
         if cell not in meanings:
-            raise ValueError(f'{src}: column {column.name!r} holds {cell[:80]!r} in {cells.count(cell)} cells, the first '
-                f'that of {file}, where 0 or 1 should stand. {cure}')
+            raise ValueError(f'{src}: column {column.name!r} holds {cell[:80]!r} in {cells.count(cell)} cells, '
+                f'the first that of {file}, where 0 or 1 should stand. {cure}')
     return [meanings[cell] for cell in cells]
 
 # %% ../nbs/api/13_labels.ipynb #668131cd
@@ -131,7 +131,7 @@ def _labels(df, files, label_col, label_delim, label_values, src):
     if '' in names: raise ValueError(f'{src}: no label for {files[names.index("")]}. Fill it in, or drop the row.')
     return names
 
-# %% ../nbs/api/13_labels.ipynb #bec39b47
+# %% ../nbs/api/13_labels.ipynb #0041a58d
 def _look(name):
     "What a person sees of a name, without telling small letters from capitals."
     text = unicodedata.normalize('NFKC', name).casefold()
@@ -185,7 +185,7 @@ def _raw_table(path, labels, file_col):
         raise ValueError(f'{src}: its first image became the name of a column. Read it with header=None.')
     return pd.DataFrame([raw.columns, *raw.values]), src
 
-# %% ../nbs/api/13_labels.ipynb #48b68ea3
+# %% ../nbs/api/13_labels.ipynb #2c4da445
 def _files(path, names, src):
     "The files of a table, all of them there, none twice."
     blank = [i for i, name in enumerate(names, 1) if not _tidy(name)]
