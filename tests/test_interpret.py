@@ -12,7 +12,7 @@ from dicomcam.gradcam import gradcam
 from dicomcam.intervals import average_precision, interval_text, patient_resamples, roc_area, roc_counts
 from dicomcam.interpret import (choose_threshold, evaluate, header_auc, plot_calibration, plot_confusion, plot_pr, plot_roc, plot_scores,
                                 plot_subgroups, plot_top_losses, positive_scores, predictions, subgroups)
-from dicomcam.results import known_table, prediction_classes
+from dicomcam.results import class_columns, class_scores, known_table, prediction_classes
 from dicomcam.train import dicom_dls, dicom_learner, label_table, load_model, save_model
 from tiny import make_tiny
 
@@ -203,6 +203,38 @@ def test_more_classes_and_several_labels(folder, make, positive):
     if make is two_labels:
         is_c = np.array([[c in o for c in learn.dls.vocab] for o in df.label])
         np.testing.assert_allclose(df.loss, [sk.log_loss(t, q, labels=[False, True]) for t, q in zip(is_c, df[list(learn.dls.vocab)].to_numpy())])
+
+MEETING = ['label', 'file', 'loss', 'patient', 'label (class)', 'predicted'] # classes called as columns of the table are, and as what becomes of those
+
+def named_as_columns(folder):
+    df = pd.read_csv(folder/'labels.csv')
+    df['label'] = [MEETING[i%6] for i in range(len(df))]
+    return make_tiny(dicom_dls(folder, df, size=32))
+
+def test_classes_that_are_called_as_columns_are(folder, tmp_path):
+    "Nothing lost, nothing mixed up, in memory and in a file"
+    learn = named_as_columns(folder)
+    df, vocab = predictions(learn), list(learn.dls.vocab)
+    assert sorted(vocab) == sorted(MEETING) and df.columns.is_unique and prediction_classes(df) == vocab
+    assert list(df.columns) == ['file', 'label', 'patient', 'loss', *class_columns(vocab)] and 'predicted' in df
+    probs, targets = learn.get_preds()
+    np.testing.assert_allclose(class_scores(df), probs)
+    assert df.label.tolist() == [vocab[o] for o in targets] and df.file.map(lambda o: o.is_file()).all()
+    df.to_csv(tmp_path/'p.csv', index=False)
+    for table in df, pd.read_csv(tmp_path/'p.csv'):
+        for i, cls in enumerate(vocab):
+            p, y, _ = positive_scores(table, positive=cls)
+            np.testing.assert_allclose(p, probs[:, i], rtol=1e-6)
+            assert y.tolist() == (targets == i).tolist()
+            assert evaluate(table, positive=cls, n_resamples=5)['brier']['value'] == pytest.approx(((p-y)**2).mean())
+    subgroups(df, positive='label', n_resamples=5)
+    fig = plot_top_losses(learn, gradcam, 2)
+    assert any(o.get_title().startswith(df.nlargest(1, 'loss').label.iloc[0]+'\n') for o in fig.axes)
+
+def test_only_names_that_meet_change():
+    assert class_columns(['ill', 'Label', 'mass', 'predicted']) == ['ill', 'Label', 'mass', 'predicted']
+    names = ['label', 'label (class)', 'x', 'a.b', 'a+b']
+    assert class_columns(names, ['x', 'a.b']) == ['label', 'label (class)', 'x (class)', 'a.b (class)', 'a+b']
 
 # drawings
 
