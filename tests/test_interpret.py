@@ -209,7 +209,7 @@ MEETING = ['label', 'file', 'loss', 'patient', 'label (class)', 'predicted'] # c
 def named_as_columns(folder):
     df = pd.read_csv(folder/'labels.csv')
     df['label'] = [MEETING[i%6] for i in range(len(df))]
-    return make_tiny(dicom_dls(folder, df, size=32))
+    return make_tiny(dicom_dls(folder, df, size=64))
 
 def test_classes_that_are_called_as_columns_are(folder, tmp_path):
     "Nothing lost, nothing mixed up, in memory and in a file"
