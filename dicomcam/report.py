@@ -19,14 +19,16 @@ from matplotlib import colormaps
 
 from . import __version__
 from .files import whole
+from .text import for_terminal
 from .read import read_dicom
 from .data import lesion_mask
 from .labels import is_multi, label_classes, label_text, positive_classes
 from .batches import split_counts
-from .results import evaluate, positive_scores, prediction_classes, predictions
+from .results import class_scores, evaluate, positive_scores, prediction_classes, predictions
 from .subgroups import subgroups
 from .plots import plot_calibration, plot_confusion, plot_pr, plot_roc, plot_scores, plot_subgroups
 from .layers import first_fine, last_stages
+from .heatmaps import read_mask
 from .explain import Classifier
 from .gradcam import gradcam
 from .pictures import heat_uri, outline_path, photo_uri, plot_uri
@@ -99,16 +101,17 @@ def _about_results(df, table, vocab, results):
     groups = [_group(df, table, o['positive']) for o in results]
     plots = []
     if results and len(vocab) > 2 and not is_multi(df.label):
-        plots = [plot_uri(plot_confusion, df.label.map(vocab.index), df[vocab].to_numpy(), classes=vocab)]
+        plots = [plot_uri(plot_confusion, df.label.map(vocab.index), class_scores(df).to_numpy(), classes=vocab)]
     return dict(results=results, groups=[o for o in groups if o], plots=plots)
 
 def _predicted(df, vocab, results):
     "What each image of `df` was called: the likeliest class; of two classes, by the threshold where there is one."
-    likeliest = df[vocab].idxmax(axis=1)
+    scores = class_scores(df)
+    likeliest = scores.idxmax(axis=1)
     if not results or len(vocab) != 2 or is_multi(df.label): return likeliest
     positive = results[0]['positive']
     other, = set(vocab)-{positive}
-    return np.where(df[positive] >= results[0]['threshold'], positive, other)
+    return pd.Series(np.where(scores[positive] >= results[0]['threshold'], positive, other), df.index)
 
 # %% ../nbs/api/34_report.ipynb #280049a2
 def _pick_cases(df, n, phi):
@@ -119,6 +122,7 @@ def _pick_cases(df, n, phi):
     if named.any():
         why = 'their header says that the patient can be told from text in the picture'
         says = f' {named.sum()} images were left out: {why}.'
+        if left.empty: raise ValueError(f'No image is left to show: {why}. Ask for them with phi=True, or --phi.')
     if len(left) <= n: return left, f'All {len(left)} images.{says}'
     worst = left.nlargest(n//2, 'loss')
     others = left.drop(worst.index).sample(n-len(worst), random_state=42)
@@ -139,12 +143,12 @@ def _layer_names(h):
 def _case_classes(row, vocab, shown):
     "The classes whose maps a case offers."
     if len(vocab) <= 4: return vocab
-    likeliest = sorted(vocab, key=lambda cls: -row[cls])[:3]
+    likeliest = sorted(vocab, key=lambda cls: -row.scores[cls])[:3]
     wanted = {*likeliest, *label_classes(row.label), shown}
     return [cls for cls in vocab if cls in wanted]
 
 def _case(h, i, row, vocab, shown, mask, phi, side):
-    "For the template: image `i` of `h`, which is `row` of the predictions."
+    "For the template: image `i` of `h`, which is `row` of the predictions, with `predicted` and the `scores` as a dict."
     classes = _case_classes(row, vocab, shown)
     rows, cols, *_ = h.where(i)
     maps = [dict(cls=cls, layer=name, uri=heat_uri(h.heat(i, cls, layer)))
@@ -152,26 +156,28 @@ def _case(h, i, row, vocab, shown, mask, phi, side):
     one_label = isinstance(row.label, str)
     return dict(no=i+1, label=label_text(row.label), predicted=row.predicted,
         wrong=row.label != row.predicted if one_label else None,
-        loss=row.loss, score=row[shown or row.predicted], probs=row[classes].to_dict(),
+        loss=row.loss, score=row.scores[shown or row.predicted], probs={cls: row.scores[cls] for cls in classes},
         rows=rows, cols=cols, classes=classes, maps=maps,
-        photo=photo_uri(h.picture(i, native=True), side), outline='' if mask is None else outline_path(mask),
+        photo=photo_uri(h.picture(i, native=True), side),
+        outline='' if mask is None else outline_path(read_mask(mask, rows, cols)),
         who=f'{row.file.name}, patient {row.patient}' if phi else '')
 
 # %% ../nbs/api/34_report.ipynb #rep0000f
-def _about_cases(h, picked, vocab, shown, masks, phi, side):
+def _about_cases(h, cases, vocab, shown, masks, phi, side):
     "For the template: the gallery and the choices above it."
     colours = 255*colormaps['inferno'](np.linspace(0, 1, 9))
-    cases = [_case(h, i, row, vocab, shown, masks[i], phi, side) for i, (_, row) in enumerate(picked.iterrows())]
     names = _layer_names(h)
     first = first_fine(names, [min(raw.shape[-2:]) for raw in h.raw])
-    return dict(cases=cases, shown=shown, labels=sorted(set(picked.label.map(label_text))),
+    return dict(shown=shown, labels=sorted(set(cases.label.map(label_text))),
+        cases=[_case(h, i, row, vocab, shown, masks[i], phi, side) for i, (_, row) in enumerate(cases.iterrows())],
         layers=names, layer=first, outlined=any(o is not None for o in masks),
         colours=[f'rgb({r:.0f} {g:.0f} {b:.0f})' for r, g, b, _ in colours])
 
 # %% ../nbs/api/34_report.ipynb #rep00013
 def _render(**what):
     "The page that `report.html.jinja` makes of `what`."
-    env = Environment(loader=PackageLoader('dicomcam', ''), autoescape=True, trim_blocks=True)
+    def readable(o): return for_terminal(o) if type(o) is str else o # what is Markup is ours
+    env = Environment(loader=PackageLoader('dicomcam', ''), autoescape=True, trim_blocks=True, finalize=readable)
     return env.get_template('report.html.jinja').render(version=__version__, today=f'{datetime.now():%d %B %Y}', **what)
 
 # %% ../nbs/api/34_report.ipynb #rep00014
@@ -198,15 +204,15 @@ def report(
     shown = positives[0] if len(positives) == 1 else None # the class of which maps and scores are shown first
     labelled = df.label.notna().all()
     results = [_result(df, cls, threshold, vocab) for cls in positives] if labelled else []
-    df['predicted'] = _predicted(df, vocab, results)
-
     picked, chosen = _pick_cases(df, n, phi)
+    cases = picked[['file', 'label', 'patient', 'loss']].assign(scores=class_scores(picked).to_dict('records'),
+        predicted=_predicted(df, vocab, results))
     files = picked.file.tolist()
     h = gradcam(learn, files, vocab, _stages(learn, files[0]) if layers is None else layers, method)
     masks = [lesion_mask(path, o) if path else None for o in files]
     table = learn.dls.setup.table if items is None else df
     html = _render(title=title or 'Report of an X-ray classifier', method=method, vocab=vocab, phi=phi, side=side,
         chosen=chosen, **_about_data(learn, df, items), **_about_results(df, table, vocab, results),
-        **_about_cases(h, picked, vocab, shown, masks, phi, side))
+        **_about_cases(h, cases, vocab, shown, masks, phi, side))
     with whole(fn) as part: part.write_text(html, encoding='utf-8')
     return Path(fn)

@@ -1,5 +1,5 @@
 "What is handed over: DICOM objects that a strict checker passes and that come from all kinds of sources, and a report that a real browser shows."
-import base64, re, shutil, subprocess, sys, warnings, zipfile
+import base64, html as html_, os, re, shutil, subprocess, sys, warnings, zipfile
 from collections import OrderedDict
 from io import BytesIO
 from pathlib import Path
@@ -269,6 +269,32 @@ def test_report_of_several_labels(labelled, folder, tmp_path):
     learn = train_learner(folder, data=dict(labels=df, label_delim='|'), fit=False, arch='xresnet18', size=32, bs=8)
     t = texts(report(learn, fn=tmp_path/'r.html', layers='5'))
     assert 'a: positive from' in t and 'b: positive from' in t and 'Label a, b.' in t and 'Label none.' in t
+
+def test_report_of_classes_called_as_its_own_words(folder, tmp_path):
+    "Columns of its tables, mathematics, control characters: each is a class as any other"
+    names = ['label', 'file', 'loss', 'predicted', 'scores', 'a $_$ \x1b[1m & b']
+    df = label_table(folder)
+    learn = train_learner(folder, data=dict(labels=df[['file']].assign(label=[names[i % 6] for i in range(30)])), fit=False, arch='xresnet18', size=32, bs=8)
+    fn = report(learn, fn=tmp_path/'r.html', layers='5', n=3)
+    t, s, table = texts(fn), fn.read_text(), predictions(learn)
+    for o in *names[:-1], r'a $_$ \x1b[1m &amp; b': assert f'{o}: positive from' in t, o
+    assert set(re.findall('data-label="(.*?)"', s)) <= {html_.escape(o).replace('\x1b', r'\x1b') for o in names} and '\x1b' not in s
+    for name, column in dict(label='label (class)', predicted='predicted').items():
+        for p in re.findall(rf'(?:<br>|, ){name} (\d\.\d\d)', s): assert p in [f'{o:.2f}' for o in table[column]]
+
+def test_report_of_a_file_name_that_is_no_text(learn, folder, tmp_path):
+    fn = Path(os.fsdecode(os.fsencode(tmp_path/'half ')+b'\xff <b>.dcm'))
+    try: shutil.copy(label_table(folder).file[0], fn)
+    except OSError: pytest.skip('this file system takes text only')
+    assert r'half \udcff &lt;b&gt;.dcm, patient' in report(learn, [fn], tmp_path/'r.html', '5', phi=True).read_text()
+
+def test_no_image_left_is_one_line(learn, folder, tmp_path):
+    fn = altered(label_table(folder).file[0], tmp_path/'a.dcm', BurnedInAnnotation='YES')
+    with pytest.raises(ValueError, match='No image is left to show: .* --phi'): report(learn, [fn], tmp_path/'r.html', '5')
+
+def test_report_draws_no_mask_of_another_size(learn, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(report_, 'lesion_mask', lambda path, file: np.ones((50, 50)))
+    with pytest.raises(ValueError, match='A mask of .50, 50. for an image of .96, 96.'): report(learn, label_table(folder)[:2], tmp_path/'r.html', '5', path=folder)
 
 def test_layers_of_any_network(learn, folder):
     assert report_._stages(learn, label_table(folder).file[0]) == ['5', '6', '7']
