@@ -275,9 +275,9 @@ def test_report_of_classes_called_as_its_own_words(folder, tmp_path):
     names = ['label', 'file', 'loss', 'predicted', 'scores', 'a $_$ \x1b[1m & b']
     df = label_table(folder)
     learn = train_learner(folder, data=dict(labels=df[['file']].assign(label=[names[i % 6] for i in range(30)])), fit=False, arch='xresnet18', size=32, bs=8)
-    fn = report(learn, fn=tmp_path/'r.html', layers='5', n=3)
+    fn = report(learn, fn=tmp_path/'r.html', layers='5', n=3, positive='label')
     t, s, table = texts(fn), fn.read_text(), predictions(learn)
-    for o in *names[:-1], r'a $_$ \x1b[1m &amp; b': assert f'{o}: positive from' in t, o
+    assert 'label: positive from' in t and r'tells apart a $_$ \x1b[1m &amp; b, file, label, loss, predicted, scores.' in t
     assert set(re.findall('data-label="(.*?)"', s)) <= {html_.escape(o).replace('\x1b', r'\x1b') for o in names} and '\x1b' not in s
     for name, column in dict(label='label (class)', predicted='predicted').items():
         for p in re.findall(rf'(?:<br>|, ){name} (\d\.\d\d)', s): assert p in [f'{o:.2f}' for o in table[column]]
