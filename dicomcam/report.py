@@ -148,7 +148,7 @@ def _case_classes(row, vocab, shown):
     return [cls for cls in vocab if cls in wanted]
 
 def _case(h, i, row, vocab, shown, mask, phi, side):
-    "For the template: image `i` of `h`, which is `row` of the predictions, with `predicted` and the `scores` as a dict."
+    "For the template: image `i` of `h`, which is `row` of the cases, with `predicted` and `scores`."
     classes = _case_classes(row, vocab, shown)
     rows, cols, *_ = h.where(i)
     maps = [dict(cls=cls, layer=name, uri=heat_uri(h.heat(i, cls, layer)))
