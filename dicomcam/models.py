@@ -13,7 +13,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
+import numpy as np, torch
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import IndexSplitter
 from fastai.learner import Learner
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from .files import whole
 from .batches import Setup, any_source, dicom_block, setup_of
-from .networks import ACTIVATIONS, bare_model, dicom_learner
+from .networks import ACTIVATIONS, bare_model, build_model, dicom_learner, spoilt_weight
 
 # %% ../nbs/api/19_models.ipynb #db609f06
 def save_model(
@@ -41,7 +41,12 @@ def save_model(
     versions = {name: version(name) for name in ('dicomcam', 'fastai', 'torch', 'pydicom')}
     meta = {**asdict(learn.network), **setup.meta(), 'versions': versions}
     weights = {name: w.detach().cpu().contiguous() for name, w in bare_model(learn).state_dict().items()}
-    with whole(fn) as part: save_file(weights, part, metadata={'dicomcam': json.dumps(meta)})
+    spoilt = spoilt_weight(weights)
+    if spoilt: raise ValueError(f'{fn}: not saved: {spoilt} holds NaN or infinity. Train with a smaller learning rate.')
+    try:
+        with whole(fn) as part: save_file(weights, part, metadata={'dicomcam': json.dumps(meta)})
+    except SafetensorError as e: # of a full disk, for one
+        raise OSError(f'{fn}: the model could not be written ({e}). Make room, or save it elsewhere.') from e
     return Path(fn)
 
 # %% ../nbs/api/19_models.ipynb #b1a87d6b
@@ -56,29 +61,98 @@ def _empty_dls(setup):
     dls.setup = setup
     return dls
 
+# %% ../nbs/api/19_models.ipynb #1536396f
+_PIXELS = dict(rule='dicom_pixels', channels=1, levels=65536) # the one way to grey levels so far
+
+def _is_split(o):
+    "Are these the arguments of `label_table` and `patient_split`?"
+    if type(o) is not dict or set(o) != {'by', 'valid_pct', 'seed', 'fold'}: return False
+    known = type(o['by']) in (str, type(None)) and type(o['fold']) in (int, float, str, type(None))
+    return known and type(o['valid_pct']) is float and 0 < o['valid_pct'] < 1 and type(o['seed']) is int
+
+def _are_classes(o):
+    "Two or more names, all different?"
+    return type(o) is list and len(o) > 1 and all(type(name) is str for name in o) and len({*o}) == len(o)
+
+_WORDS = dict( # of a model file: what each is, and whether it is
+    arch=('the name of a network', lambda o: type(o) is str),
+    act_cls=(f'one of {", ".join(ACTIVATIONS)}', lambda o: type(o) is str and o in ACTIVATIONS),
+    sa=('true or false', lambda o: type(o) is bool),
+    size=('16 to 4096 pixels', lambda o: type(o) is int and 16 <= o <= 4096),
+    method=('pad, crop or squish', lambda o: o in ('pad', 'crop', 'squish')),
+    vocab=('two or more different class names', _are_classes),
+    multi=('true or false', lambda o: type(o) is bool),
+    split=('by, valid_pct, seed and fold', _is_split),
+    pixels=(str(_PIXELS), lambda o: o == _PIXELS))
+
+def _check_words(words):
+    "Raise ValueError where a word of a model file is not what it may be."
+    if type(words) is not dict: raise ValueError('its words are no JSON object')
+    for key, (kind, fits) in _WORDS.items():
+        if key not in words: raise ValueError(f'it does not say {key}')
+        if not fits(words[key]): raise ValueError(f'{key} is {words[key]!r:.60}, not {kind}')
+
+# %% ../nbs/api/19_models.ipynb #291da112
+_FLOATS = 'F64', 'F32', 'F16', 'BF16' # as safetensors names them
+
+def _check_tensors(
+    words, # Of a model file, checked
+    found, # Name -> (shape, of floating point?) of each tensor in it
+):
+    "Raise ValueError where the network that the words name has other tensors, or takes no images of that size."
+    arch, size = words['arch'], words['size']
+    with torch.device('meta'), torch.no_grad():
+        model = build_model(arch, len(words['vocab']), ACTIVATIONS[words['act_cls']], words['sa']).eval()
+        named = {name: (list(w.shape), w.is_floating_point()) for name, w in model.state_dict().items()}
+        for name in {**named, **found}:
+            ours, theirs = (o[name][0] if name in o else None for o in (named, found))
+            if found.get(name) != named.get(name):
+                raise ValueError(f'tensor {name!r:.60} is {theirs!r:.60} in the file, {ours} in {arch} for its classes')
+        try: model(torch.empty(1, 1, size, size))
+        except NotImplementedError: pass # a network that must see numbers
+        except (RuntimeError, AssertionError, ValueError) as e:
+            raise ValueError(f'{arch} takes no images of {size} pixels') from e
+
 # %% ../nbs/api/19_models.ipynb #3f5b45a8
+_HEADER = 2**22 # bytes: ten times what the largest network of timm takes; safetensors reads up to 100 MB
+
 def _read_model(fn):
-    "(words, weights) of a model file."
+    "(words, weights) of a model file, checked."
+    with open(fn, 'rb') as f: header = int.from_bytes(f.read(8), 'little')
+    if header > _HEADER: raise ValueError(f'its header claims {header} bytes; {_HEADER} is the most')
     with safe_open(fn, 'pt') as f:
-        return json.loads(f.metadata()['dicomcam']), {name: f.get_tensor(name) for name in f.keys()}
+        words = json.loads((f.metadata() or {}).get('dicomcam', 'null'))
+        _check_words(words)
+        slices = {name: f.get_slice(name) for name in f.keys()}
+        _check_tensors(words, {name: (o.get_shape(), o.get_dtype() in _FLOATS) for name, o in slices.items()})
+        weights = {name: f.get_tensor(name) for name in slices}
+    spoilt = spoilt_weight(weights)
+    if spoilt: raise ValueError(f'{spoilt} holds NaN or infinity: its training diverged')
+    return words, weights
+
+def _check_classes(words, dls):
+    "Raise ValueError where the model's classes are not those of `dls`: each score would get another's name."
+    here, there = list(dls.vocab), words['vocab']
+    if here != there: raise ValueError(f'its classes are {there!r:.60}, those of the dataloaders {here!r:.60}')
 
 def load_model(
     fn:str|Path,          # File that `save_model` wrote
     dls:DataLoaders=None, # To go on with (`validate`, `fit`); None: empty ones, enough for `predict` and heatmaps
 ) -> Learner:
-    """The learner of a model file, in evaluation mode, without any data at hand. Raises FileNotFoundError, or for what
-    is not such a file ValueError, of one line."""
+    """The learner of a model file, in evaluation mode, without any data at hand. Nothing is downloaded, and nothing
+    built before the file is checked. Raises FileNotFoundError, or for what is not such a file ValueError, of one line."""
     fn = Path(fn)
     if not fn.is_file():
         raise FileNotFoundError(f'{fn}: no such file. Save one with save_model(learn, fn), '
             'or run: dicomcam train FOLDER')
     try:
-        meta, weights = _read_model(fn)
-        if dls is None: dls = _empty_dls(Setup.from_meta(meta))
-        learn = dicom_learner(dls, str(meta['arch']), ACTIVATIONS[meta['act_cls']], meta['sa'])
+        words, weights = _read_model(fn)
+        if dls is None: dls = _empty_dls(Setup.from_meta(words))
+        _check_classes(words, dls)
+        learn = dicom_learner(dls, words['arch'], ACTIVATIONS[words['act_cls']], words['sa'])
         learn.model.load_state_dict(weights)
     except ImportError as e: raise ValueError(f'{fn}: {e}') from e
-    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
+    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e: # RecursionError is one
         why = str(e).splitlines()[0]
         raise ValueError(f'{fn}: not a model that dicomcam saved ({why}). Make one with save_model(learn, fn).') from e
     learn.model.eval()
