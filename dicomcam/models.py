@@ -140,7 +140,7 @@ def load_model(
     dls:DataLoaders=None, # To go on with (`validate`, `fit`); None: empty ones, enough for `predict` and heatmaps
 ) -> Learner:
     """The learner of a model file, in evaluation mode, without any data at hand. Nothing is downloaded, and nothing
-    built before the file is checked. Raises FileNotFoundError, or for what is not such a file ValueError, of one line."""
+    built before the file is checked. Raises FileNotFoundError, or for what is no such file ValueError, of one line."""
     fn = Path(fn)
     if not fn.is_file():
         raise FileNotFoundError(f'{fn}: no such file. Save one with save_model(learn, fn), '
@@ -152,7 +152,7 @@ def load_model(
         learn = dicom_learner(dls, words['arch'], ACTIVATIONS[words['act_cls']], words['sa'])
         learn.model.load_state_dict(weights)
     except ImportError as e: raise ValueError(f'{fn}: {e}') from e
-    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e: # RecursionError is one
+    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
         why = str(e).splitlines()[0]
         raise ValueError(f'{fn}: not a model that dicomcam saved ({why}). Make one with save_model(learn, fn).') from e
     learn.model.eval()
