@@ -135,20 +135,32 @@ def _image_cache(cache, size, method):
     return ImageCache(size, method, folder=cache or False)
 
 def _without_unreadable(table, unreadable, strict):
-    "`table` without the files in `unreadable` (file -> why); warns of them, or raises ValueError if `strict`."
+    """`table` without the files in `unreadable` (file -> why); warns of them. Raises ValueError if `strict`, or if a
+    class loses all of its images."""
     if not unreadable: return table
     why = next(iter(unreadable.values()))
     says = f'{len(unreadable)} of {len(table)} images cannot be read, first {why}'
     if strict: raise ValueError(f'{says}. Mend or remove them, or pass strict=False to leave them out.')
+    left = table[~table.file.isin(unreadable)].reset_index(drop=True)
+    lost = [cls for cls in label_vocab(table) if cls not in label_vocab(left)]
+    if lost: raise ValueError(f'{says}. None of class {lost[0]!r} is left. Mend them, or drop the class.')
     warnings.warn(f'{says}. They are left out, and listed in dls.setup.skipped.', stacklevel=3)
-    return table[~table.file.isin(unreadable)].reset_index(drop=True)
+    return left
+
+# %% ../nbs/api/16_batches.ipynb #f259e1ce
+def _batch_size(bs, n):
+    "`bs`, or the `n` images of the training side if they are fewer; warns then, or raises ValueError if one is all."
+    if bs < 1: raise ValueError(f'bs={bs}: a batch holds one image or more.')
+    if n < 2: raise ValueError(f'{n} image for training; a network needs two or more. Add images, or mend the split.')
+    if bs > n: warnings.warn(f'bs={bs} is more than the {n} images for training, so bs={n} is taken.', stacklevel=3)
+    return min(bs, n)
 
 # %% ../nbs/api/16_batches.ipynb #bat-dls
 def dicom_dls(
     path:str|Path,           # Folder that the file names are relative to
-    labels='labels.csv',     # As for `label_table`, as are file_col, label_col and label_delim
+    labels='labels.csv',     # As for `label_table`, as are file_col, label_col, label_delim and label_values
     size:int=400,            # Side of the square that the network sees, pixels
-    bs:int=8,                # Batch size
+    bs:int=8,                # Batch size; where fewer images are for training, their number, and a warning
     by:str='PatientID',      # Images with the same value of this element stay on one side; None splits image by image
     valid_pct:float=0.2,     # Share of the images held back for validation
     seed:int=42,             # Seed of the split
@@ -161,17 +173,19 @@ def dicom_dls(
     cache=True,              # Keep shrunk images on the disk: True, False, a folder, or an `ImageCache`
     batch_tfms=None,         # Augmentation; None: `XrayTfm`
     num_workers:int=None,    # Processes that load; None: fastai's default on CUDA, none on a CPU: training fills it
+    label_values:dict=None,
     **kw                     # Passed to `DataBlock.dataloaders`
 ) -> DataLoaders: # With `.setup`, a `Setup`: the table of files, labels, patients and sides, and what could not be read
     "Dataloaders of a labelled DICOM folder, split by patient: batches (bs, 1, size, size) in [0, 1], bright is bright."
     if by is None:
         warnings.warn('Split by image: the same patient may be on both sides, and the score then flatters. '
             'by="PatientID" splits by patient.', stacklevel=2)
-    table = label_table(path, labels, by, file_col, label_col, label_delim)
+    table = label_table(path, labels, by, file_col, label_col, label_delim, label_values)
     cache = _image_cache(cache, size, method)
     skipped = cache.fill(table.file)
     table = _without_unreadable(table, skipped, strict)
-    _, valid = patient_split(table, valid_pct, seed, fold)
+    train, valid = patient_split(table, valid_pct, seed, fold)
+    bs = _batch_size(bs, len(train))
 
     multi = is_multi(table.label)
     label_of = dict(zip(table.file, map(list, table.label) if multi else table.label))

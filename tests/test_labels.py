@@ -237,3 +237,47 @@ def test_no_two_images_have_the_same_labels():
     df = pd.DataFrame(dict(label=label, group=[str(i) for i in range(16)]))
     train, valid = patient_split(df)
     for side in train, valid: assert set().union(*df.label.iloc[side]) == set('abcd')
+
+# --- batches
+
+def changed(learn):
+    "Do the weights move in one epoch?"
+    import torch
+    before = [o.detach().clone() for o in learn.model.parameters()]
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
+    assert np.isfinite(learn.recorder.losses).all() and len(learn.recorder.losses)
+    return any(not torch.equal(a, b) for a, b in zip(before, learn.model.parameters()))
+
+@pytest.mark.parametrize('bs', [24, 25, 1000])
+def test_a_batch_larger_than_the_training_set(folder, films, bs):
+    "fastai would drop it, and return the network as it was"
+    from dicomcam.batches import dicom_dls
+    from tiny import make_tiny
+    df = given(films, [False]*24+[True]*6)
+    with warnings.catch_warnings(record=True, action='always') as told: dls = dicom_dls(folder, df, size=64, by=None, bs=bs)
+    assert [f'bs={bs} is more than the 24 images for training' in str(o.message) for o in told].count(True) == (bs > 24)
+    assert dls.bs == 24 and len(dls.train) == 1
+    if bs == 1000: assert changed(make_tiny(dls))
+
+@pytest.mark.parametrize('n, bs', [(2, 8), (3, 2), (9, 8), (17, 8), (2, 1)])
+def test_few_images_and_one_left_over(folder, films, n, bs):
+    "A last batch of one image, which batch norm could not divide, is dropped; a pair is enough"
+    from dicomcam.batches import dicom_dls
+    from tiny import make_tiny
+    df = given(films, [False]*n+[True]*(30-n))
+    with warnings.catch_warnings(action='ignore'): dls = dicom_dls(folder, df, size=64, by=None, bs=bs)
+    assert len(dls.train) == max(1, n//bs) and len(dls.train_ds) == n
+    assert changed(make_tiny(dls))
+
+def test_batches_of_nothing(folder, films):
+    from dicomcam.batches import dicom_dls
+    for bs in 0, -1:
+        with pytest.raises(ValueError, match=f'bs={bs}: a batch holds one image or more'): dicom_dls(folder, size=32, bs=bs)
+    with warnings.catch_warnings(action='ignore'), pytest.raises(ValueError, match='1 image for training'):
+        dicom_dls(folder, given(films, [False]+[True]*29), size=32, by=None)
+
+def test_a_class_of_which_nothing_can_be_read(copy, films):
+    from dicomcam.batches import dicom_dls
+    table = label_table(copy)
+    for o in table.file[table.label == 'Pneumothorax']: o.write_text('no X-ray')
+    with pytest.raises(ValueError, match="None of class 'Pneumothorax' is left"): dicom_dls(copy, size=32, cache=False)
