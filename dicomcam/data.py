@@ -8,7 +8,7 @@ Docs: https://dicomcam.github.io/dicomcam/api/data.html.md"""
 __all__ = ['DownloadError', 'siim_small', 'get_data', 'lesion_mask', 'phantom']
 
 # %% ../nbs/api/11_data.ipynb #e1e92d60
-import os, socket, threading
+import os, socket, threading, warnings
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -18,7 +18,8 @@ from PIL import Image
 
 from .files import short_path
 from .phantom import phantom
-from .read import read_dicom
+from .read import DicomError, is_dicom, read_dicom
+from .tables import named_file, read_table
 
 _all_ = ['phantom'] # where it was in 0.1
 
@@ -84,22 +85,116 @@ def get_data(
     print(f'{why}: {short_path(path)}')
     return path
 
+# %% ../nbs/api/11_data.ipynb #2b4f8cce
+def _place(path, file):
+    "`file` relative to `path`, None where it lies elsewhere."
+    for spelled in os.path.abspath, os.path.realpath:
+        place = Path(spelled(file))
+        if place.is_relative_to(spelled(path)): return place.relative_to(spelled(path))
+
+def _folders(path):
+    "(folder, names of its files) of `path` and all below it but `masks`, each once, links followed."
+    seen = {os.path.realpath(path/'masks')}
+    for folder, below, names in os.walk(path, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen: below.clear()
+        else: yield folder, names
+        seen.add(real)
+
+def _namesake(file, folders):
+    "Another DICOM file of the same stem in one of `folders`, if there is one."
+    for folder, names in folders:
+        for other in (Path(folder)/name for name in names if os.path.splitext(name)[0] == file.stem):
+            if not other.is_file() or other.samefile(file): continue
+            with open(other, 'rb') as f:
+                if is_dicom(f.read(132)): return other
+
+def _mask_file(path, file):
+    "The PNG that was drawn on `file`, None where there is none; ValueError where it may be another film's."
+    masks, place = path/'masks', _place(path, file)
+    common = masks/f'{file.stem}.png'
+    if place is None:
+        if common.is_file(): warnings.warn(f'{common} is not taken for {file}, which is not in {path}.', stacklevel=3)
+        return None
+    sure = masks/place.parent/f'{place.name}.png'
+    if sure.is_file(): return sure
+    beside = [(file.parent, os.listdir(file.parent) if file.parent.is_dir() else [])]
+    for fn, folders in (masks/place.parent/common.name, beside), (common, _folders(path)):
+        if not fn.is_file(): continue
+        other = _namesake(file, folders)
+        if other is None: return fn
+        raise ValueError(f'{fn}: is it of {file} or of {other}? Call it {sure}, if it is of the first.')
+
+# %% ../nbs/api/11_data.ipynb #2b6b55d3
+def _film_size(file):
+    "(rows, columns) of a film, by its header."
+    ds = read_dicom(file, pixels=False)
+    if not (ds.get('Rows') and ds.get('Columns')): raise DicomError(f'{file}: holds no image, so it shows no lesion.')
+    return int(ds.Rows), int(ds.Columns)
+
+def _drawn(fn, size):
+    "A mask from an image file as bool; ValueError where it cannot be read, or is not of `size` (rows, columns)."
+    try:
+        with Image.open(fn) as image: mask = np.asarray(image.convert('L')) > 0
+    except Exception as e: # Pillow's errors are of many kinds, and do not always name the file
+        raise ValueError(f'{fn}: cannot be read as an image ({type(e).__name__}).') from e
+    if mask.shape == size: return mask
+    (h, w), (rows, cols) = mask.shape, size
+    raise ValueError(f'{fn}: has {h} x {w} pixels, its film {rows} x {cols} (rows x columns). Draw it at that size.')
+
+# %% ../nbs/api/11_data.ipynb #de07f857
+_BOX = ['x', 'y', 'width', 'height']
+
+def _boxes(fn):
+    "The rectangles of `boxes.csv`: column `file`, and four of numbers. ValueError for the first that is none."
+    text = read_table(fn)
+    gone = [name for name in ['file', *_BOX] if name not in text]
+    if gone: raise ValueError(f'{fn}: no column {", ".join(gone)}. It needs file, {", ".join(_BOX)} (pixels).')
+    text = text[(text[_BOX] != '').any(axis=1)]
+    boxes = text[_BOX].apply(pd.to_numeric, errors='coerce').astype(float)
+    bad = ~np.isfinite(boxes).all(axis=1) | (boxes.width <= 0) | (boxes.height <= 0)
+    if bad.any():
+        row = text[bad].iloc[0]
+        raise ValueError(f'{fn}: a box of {row.file} is no rectangle: {", ".join(f"{k} {row[k]}" for k in _BOX)}.')
+    return boxes.assign(file=text.file)
+
+def _boxes_of(fn, file):
+    "Those of one film, however its name is spelled."
+    boxes = _boxes(fn)
+    films = {name: named_file(fn.parent, name) for name in boxes.file.unique()}
+    gone = [film for film in films.values() if not os.path.isfile(film)]
+    if gone:
+        says = f'{fn}: {len(gone)} of {len(films)} files are not there, first {gone[0]}.'
+        if len(gone) == len(films): raise ValueError(f'{says} Correct the names, or the folder.')
+        warnings.warn(f'{says} Their boxes count for nothing.', stacklevel=3)
+    mine = [name for name, film in films.items() if film not in gone and file.is_file() and film.samefile(file)]
+    return boxes[boxes.file.isin(mine)]
+
 # %% ../nbs/api/11_data.ipynb #af66672c
+def _fill(mask, box, name):
+    "Set `mask` to True inside `box`, which `name` stands for in messages."
+    rows, cols = mask.shape
+    left, top = int(box.x), int(box.y)
+    right, bottom = max(left+1, round(box.x+box.width)), max(top+1, round(box.y+box.height))
+    inside = mask[max(0, top):max(0, bottom), max(0, left):max(0, right)]
+    where = f'{name} lies at x {left} to {right}, y {top} to {bottom}; its film has {cols} x {rows} pixels (x, y)'
+    if not inside.size: raise ValueError(f'{where}.')
+    if left < 0 or top < 0 or right > cols or bottom > rows: warnings.warn(f'{where}: cut at its edge.', stacklevel=3)
+    inside[:] = True
+
 def lesion_mask(
-    path:str|Path,    # Folder with `masks/<name>.png`, or `boxes.csv` (file, x, y, width, height: pixels), or neither
+    path:str|Path,    # Folder with `masks/`, or `boxes.csv` (file, x, y, width, height: pixels), or neither
     file:str|Path,    # DICOM file in that folder
 ) -> np.ndarray|None: # (rows, columns) bool, or None if nothing is known
-    "The lesion of one image as a mask: as drawn in `masks/`, else the rectangles of `boxes.csv`."
+    """The lesion of one image as a mask: as drawn in `masks/`, else the rectangles of `boxes.csv`. The mask of
+    A/1.dcm is `masks/A/1.dcm.png`, `masks/A/1.png` or, where no other film is called 1, `masks/1.png`. Raises
+    ValueError with one line where that may be another film's or does not fit the film."""
     path, file = Path(path), Path(file)
-    drawn = path/'masks'/f'{file.stem}.png'
-    if drawn.is_file(): return np.asarray(Image.open(drawn)) > 0
-    if not (path/'boxes.csv').is_file(): return None
-    boxes = pd.read_csv(path/'boxes.csv')
-    boxes = boxes[[path/o == file for o in boxes.file]]
+    drawn = _mask_file(path, file)
+    if drawn: return _drawn(drawn, _film_size(file))
+    fn = path/'boxes.csv'
+    boxes = _boxes_of(fn, file) if fn.is_file() else pd.DataFrame()
     if boxes.empty: return None
-    ds = read_dicom(file, pixels=False)
-    mask = np.zeros((ds.Rows, ds.Columns), bool)
-    for o in boxes.itertuples():
-        bottom, right = round(o.y+o.height), round(o.x+o.width)
-        mask[int(o.y):bottom, int(o.x):right] = True
+    mask = np.zeros(_film_size(file), bool)
+    for box in boxes.itertuples(): _fill(mask, box, f'{fn}: a box of {box.file}')
     return mask

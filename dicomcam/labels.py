@@ -18,7 +18,7 @@ from pydicom.datadict import keyword_dict, tag_for_keyword
 from sklearn.model_selection import StratifiedGroupKFold
 
 from .read import DicomError, element_values, read_dicom
-from .tables import read_table
+from .tables import named_file, read_table
 
 # %% ../nbs/api/13_labels.ipynb #lab-one
 def label_classes(
@@ -68,7 +68,7 @@ def positive_classes(
         return [positive]
     return vocab[-1:] if len(vocab) == 2 and not multi else vocab
 
-# %% ../nbs/api/13_labels.ipynb #973e790a
+# %% ../nbs/api/13_labels.ipynb #0c5cc4fb
 _FLAGS = dict.fromkeys(('0', 'false', 'no'), False) | dict.fromkeys(('1', 'true', 'yes'), True)
 
 def _tidy(value):
@@ -131,7 +131,7 @@ def _labels(df, files, label_col, label_delim, label_values, src):
     if '' in names: raise ValueError(f'{src}: no label for {files[names.index("")]}. Fill it in, or drop the row.')
     return names
 
-# %% ../nbs/api/13_labels.ipynb #0041a58d
+# %% ../nbs/api/13_labels.ipynb #675bc0f1
 def _look(name):
     "What a person sees of a name, without telling small letters from capitals."
     text = unicodedata.normalize('NFKC', name).casefold()
@@ -152,17 +152,12 @@ def _check_classes(classes, src):
         if twin != cls: raise ValueError(f'{src}: classes {twin!r} and {cls!r} look the same. Write them alike.')
 
 # %% ../nbs/api/13_labels.ipynb #lab-raw
-def _find(path, name):
-    "The file of a name as people write it: with blanks around it, or with the backslashes of Windows."
-    bare = str(name).strip()
-    return next((path/o for o in (str(name), bare, bare.replace('\\', '/')) if os.path.isfile(path/o)), path/str(name))
-
 def _names_a_file(raw, path, file_col):
     "Is the name of the column of files a file's?"
     name = raw.columns[file_col] if isinstance(file_col, int) and file_col < raw.shape[1] else None
     if not isinstance(name, str): return False
     below = {Path(str(o)).suffix for o in raw.iloc[:1, file_col]} - {''}
-    return _find(path, name).is_file() or Path(name).suffix in below
+    return named_file(path, name).is_file() or Path(name).suffix in below
 
 def _by_folder(path):
     "Files, each with the name of the folder that it lies in."
@@ -185,12 +180,12 @@ def _raw_table(path, labels, file_col):
         raise ValueError(f'{src}: its first image became the name of a column. Read it with header=None.')
     return pd.DataFrame([raw.columns, *raw.values]), src
 
-# %% ../nbs/api/13_labels.ipynb #2c4da445
+# %% ../nbs/api/13_labels.ipynb #520ba4a5
 def _files(path, names, src):
     "The files of a table, all of them there, none twice."
     blank = [i for i, name in enumerate(names, 1) if not _tidy(name)]
     if blank: raise ValueError(f'{src}: row {blank[0]} names no file. Fill it in, or drop the row.')
-    files = pd.Series([_find(path, name) for name in names], dtype=object)
+    files = pd.Series([named_file(path, name) for name in names], dtype=object)
     gone = [file for file in files if not os.path.isfile(file)]
     if gone:
         raise FileNotFoundError(f'{src}: {len(gone)} of {len(files)} files are not there, first {gone[0]}. '

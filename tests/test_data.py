@@ -1,7 +1,9 @@
-"The phantom (layout, masks, same bytes, no shortcut), its cache, and where data comes from on line and off."
-import functools, http.server, os, socket, subprocess, sys, tarfile, threading, time
+"The phantom (layout, masks, same bytes, no shortcut), its cache, where data comes from on line and off, and whose lesion is where."
+import functools, http.server, os, shutil, socket, subprocess, sys, tarfile, threading, time
+from pathlib import Path
 
 import cv2, numpy as np, pandas as pd, pydicom, pytest
+from PIL import Image
 from pydicom.uid import JPEGBaseline8Bit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -11,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 
 from dicomcam import anatomy, data, patients, projection, solids
 from dicomcam import phantom as phantom_
-from dicomcam.data import DownloadError, get_data, phantom, siim_small
+from dicomcam.data import DownloadError, get_data, lesion_mask, phantom, siim_small
 
 # tag and VR of the elements of a SIIM_SMALL file, in their order
 SIIM = '''00080005CS 00080016UI 00080018UI 00080020DA 00080030TM 00080050SH 00080060CS 00080064CS 00080090PN 0008103ELO 00100010PN 00100020LO
@@ -292,3 +294,146 @@ def test_get_data(siim, monkeypatch, small, tmp_path, capsys):
 def test_light_import():
     r = run('import sys, dicomcam.data; print([m for m in ("torch","fastai") if m in sys.modules])')
     assert r.stdout.strip()=='[]', r.stderr
+
+# --- where the lesions are
+
+@pytest.fixture
+def films(small, tmp_path):
+    "Two patients' films of one name, and one of another; no masks, no boxes. 128 x 128 pixels"
+    out, some = tmp_path/'films', sorted((small/'train').rglob('*.dcm'))
+    for o, source in zip(('A/1.dcm', 'B/1.dcm', 'B/2.dcm'), some):
+        (out/o).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, out/o)
+    (out/'masks').mkdir()
+    return out
+
+def draw(fn, at=(3, 4), size=(128, 128), mode='L'):
+    m = np.zeros(size, np.uint8); m[at] = 255
+    fn.parent.mkdir(parents=True, exist_ok=True)
+    im = Image.fromarray(m)
+    if mode == 'RGBA': im = Image.merge('RGBA', [im, im, im, Image.new('L', im.size, 255)]) # opaque everywhere
+    elif mode == 'I;16': im = Image.fromarray(m.astype(np.uint16)*200)
+    elif mode == 'RGB': im = Image.merge('RGB', [im, Image.new('L', im.size), Image.new('L', im.size)])
+    else: im = im.convert(mode)
+    im.save(fn)
+
+def spot(mask): return [tuple(int(k) for k in o) for o in np.argwhere(mask)]
+
+def boxes(films, *rows, header='file,x,y,width,height'): (films/'boxes.csv').write_text('\n'.join([header, *rows])+'\n')
+
+def refuses(films, file, *says):
+    with pytest.raises(ValueError) as e: lesion_mask(films, films/file)
+    assert '\n' not in str(e.value) and all(o in str(e.value) for o in says), e.value
+
+def test_films_of_one_name_do_not_share_a_mask(films):
+    draw(films/'masks'/'1.png')
+    for o in 'A/1.dcm', 'B/1.dcm': refuses(films, o, '1.png', 'A/1.dcm', 'B/1.dcm', f'masks/{o}.png')
+    draw(films/'masks'/'A'/'1.png', (5, 6))
+    assert spot(lesion_mask(films, films/'A'/'1.dcm')) == [(5, 6)]
+    refuses(films, 'B/1.dcm', 'masks/B/1.dcm.png')
+    draw(films/'masks'/'B'/'1.dcm.png', (7, 8))
+    assert spot(lesion_mask(films, films/'B'/'1.dcm')) == [(7, 8)]
+    (films/'masks'/'1.png').unlink()
+    assert lesion_mask(films, films/'B'/'2.dcm') is None
+
+def test_a_mask_beside_all_others(films):
+    draw(films/'masks'/'2.png')
+    for o in '2.json', '2.txt': (films/'B'/o).write_text('{"no": "film"}') # what else is called so is no film
+    (films/'B'/'2').mkdir(); (films/'A'/'2').symlink_to('nowhere'); (films/'A'/'loop').symlink_to(films)
+    (films/'A'/'2.link').symlink_to(films/'B'/'2.dcm') # the same film
+    assert spot(lesion_mask(films, films/'B'/'2.dcm')) == [(3, 4)]
+    shutil.copy(films/'A'/'1.dcm', films/'2.ima') # another film, another ending
+    refuses(films, 'B/2.dcm', '2.ima')
+
+def test_masks_of_films_named_by_uid(films):
+    "1.2.3 and 1.2.4 are films of one 'stem'"
+    for o, name in ('1.dcm', '1.2.3'), ('2.dcm', '1.2.4'): (films/'B'/o).rename(films/'B'/name)
+    draw(films/'masks'/'B'/'1.2.png')
+    for o in '1.2.3', '1.2.4': refuses(films, f'B/{o}', f'masks/B/{o}.png')
+    draw(films/'masks'/'B'/'1.2.4.png', (9, 9))
+    assert spot(lesion_mask(films, films/'B'/'1.2.4')) == [(9, 9)]
+
+def test_films_behind_a_link_are_looked_at(films, tmp_path):
+    (films/'A').rename(tmp_path/'elsewhere'); (films/'A').symlink_to(tmp_path/'elsewhere')
+    draw(films/'masks'/'1.png')
+    refuses(films, 'B/1.dcm', 'A/1.dcm')
+
+def test_a_film_of_another_folder(films, tmp_path):
+    "Another hospital's film of the same name has none of this folder's lesions"
+    draw(films/'masks'/'2.png')
+    other = shutil.copy(films/'B'/'2.dcm', tmp_path/'2.dcm')
+    with pytest.warns(UserWarning, match='2.png is not taken for .*2.dcm, which is not in'): assert lesion_mask(films, other) is None
+
+def test_however_the_film_is_spelled(films, tmp_path, monkeypatch):
+    draw(films/'masks'/'B'/'2.png')
+    boxes(films, 'A\\1.dcm,1,1,1,1', ' B/../A/1.dcm ,2,2,1,1')
+    (tmp_path/'link').symlink_to(films)
+    monkeypatch.chdir(tmp_path)
+    for path, under in (films, 'films'), ('films', films), ('link', films), (films, 'link'), ('films/A/..', films/'B'/'..'):
+        for o, found in ('B/2.dcm', [(3, 4)]), ('A/1.dcm', [(1, 1), (2, 2)]):
+            assert spot(lesion_mask(path, Path(under)/o)) == found
+
+@pytest.mark.parametrize('size', [(64, 64), (128, 64), (256, 256)])
+def test_a_mask_of_another_size(films, size):
+    draw(films/'masks'/'2.png', size=size)
+    refuses(films, 'B/2.dcm', f'{size[0]} x {size[1]} pixels, its film 128 x 128')
+
+@pytest.mark.parametrize('mode', ['L', '1', 'P', 'RGB', 'RGBA', 'I;16'])
+def test_a_mask_of_any_mode(films, mode):
+    draw(films/'masks'/'2.png', mode=mode)
+    assert spot(lesion_mask(films, films/'B'/'2.dcm')) == [(3, 4)]
+
+@pytest.mark.parametrize('cut', [0, 10, 60])
+def test_a_mask_that_is_no_image(films, cut):
+    fn = films/'masks'/'2.png'
+    draw(fn); fn.write_bytes(fn.read_bytes()[:cut])
+    refuses(films, 'B/2.dcm', str(fn), 'cannot be read as an image')
+
+def test_a_mask_of_no_image(films):
+    draw(films/'masks'/'2.png')
+    ds = read(films/'B'/'2.dcm'); del ds.PixelData, ds.Rows, ds.Columns; ds.save_as(films/'B'/'2.dcm')
+    refuses(films, 'B/2.dcm', 'holds no image')
+
+@pytest.mark.parametrize('header, says', [('file,x,y,width', 'no column height'), ('name,x,y,w,h', 'no column file, width, height'), ('B/2.dcm,1,2,3,4', 'no column file, x')])
+def test_boxes_without_their_columns(films, header, says):
+    boxes(films, 'B/2.dcm,1,2,3,4'[:-2*(header.count(',') == 3) or None], header=header)
+    refuses(films, 'B/2.dcm', 'boxes.csv', says)
+
+@pytest.mark.parametrize('row', ['1,2,3,', ',2,3,4', 'a,2,3,4', '1,2,0,4', '1,2,3,-4', '1,2,inf,4', 'nan,2,3,4', '1,2,3,4;5', '1e999,2,3,4'])
+def test_a_box_that_is_no_rectangle(films, row):
+    boxes(films, 'A/1.dcm,1,1,1,1', f'B/2.dcm,{row}')
+    refuses(films, 'A/1.dcm', 'boxes.csv', 'a box of B/2.dcm is no rectangle')
+
+def test_a_film_without_a_rectangle(films):
+    "As lists of healthy films have it"
+    boxes(films, 'A/1.dcm,1,1,1,1', 'B/2.dcm,,,,')
+    assert lesion_mask(films, films/'B'/'2.dcm') is None and spot(lesion_mask(films, films/'A'/'1.dcm')) == [(1, 1)]
+    boxes(films, 'B/2.dcm,,,,')
+    assert lesion_mask(films, films/'B'/'2.dcm') is None
+
+@pytest.mark.parametrize('row', ['128,5,3,3', '5,200,3,3', '-9,5,3,3', '1e300,5,3,3', '-1e300,5,3,3'])
+def test_a_box_outside_the_film(films, row):
+    boxes(films, f'B/2.dcm,{row}')
+    refuses(films, 'B/2.dcm', 'boxes.csv', 'a box of B/2.dcm lies at', 'its film has 128 x 128 pixels')
+
+@pytest.mark.parametrize('row, n', [('126,126,5,5', 4), ('-2,-2,3,3', 1), ('-1e9,-1e9,1e10,1e10', 128**2)])
+def test_a_box_that_leaves_the_film(films, row, n):
+    boxes(films, f'B/2.dcm,{row}')
+    with pytest.warns(UserWarning, match='cut at its edge'): assert lesion_mask(films, films/'B'/'2.dcm').sum() == n
+
+def test_a_box_smaller_than_a_pixel(films):
+    boxes(films, 'B/2.dcm,4.2,3.2,.2,.2')
+    assert spot(lesion_mask(films, films/'B'/'2.dcm')) == [(3, 4)]
+
+def test_boxes_of_films_that_are_not_there(films):
+    boxes(films, 'A/1.dcm,1,1,1,1', 'B/gone.dcm,1,1,1,1', '"x\n",1,1,1,1')
+    with pytest.warns(UserWarning, match=r'2 of 3 files are not there, first .*gone.dcm'): assert lesion_mask(films, films/'B'/'2.dcm') is None
+    boxes(films, 'images/1.dcm,1,1,1,1')
+    refuses(films, 'B/2.dcm', '1 of 1 files are not there')
+
+@pytest.mark.parametrize('encoding', ['utf-16', 'utf-8-sig'])
+def test_boxes_of_a_spreadsheet(films, encoding):
+    (films/'boxes.csv').write_bytes('file;x;y;width;height\r\nA/1.dcm;1;1;1;1\r\n;;;;\r\n'.encode(encoding))
+    assert spot(lesion_mask(films, films/'A'/'1.dcm')) == [(1, 1)]
+    (films/'boxes.csv').write_bytes(b'PK\3\4')
+    refuses(films, 'A/1.dcm', 'boxes.csv', 'a spreadsheet')
