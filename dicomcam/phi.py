@@ -7,6 +7,11 @@ Docs: https://dicomcam.github.io/dicomcam/api/phi.html.md"""
 # %% auto #0
 __all__ = ['PHI_TAGS', 'is_phi']
 
+# %% ../nbs/api/05_phi.ipynb #b69f7bf8
+import re
+
+from pydicom.datadict import dictionary_VR, dictionary_has_tag, keyword_for_tag
+
 # %% ../nbs/api/05_phi.ipynb #073ff7cd
 _TABLE = '''
 0000: 1000 1001
@@ -84,13 +89,49 @@ def _tags(
 
 PHI_TAGS = _tags(_TABLE)
 
+# %% ../nbs/api/05_phi.ipynb #3853eb73
+_TOLD = {'PN', 'DA', 'DT', 'TM', 'AS', 'AE', 'LT', 'ST', 'UT', 'UC', 'UR'} # kinds of value that tell of somebody
+_COMMON = re.compile('Class|Syntax|Coding|Context|Mapping') # in the keyword of UIDs that many files share
+_MORE = _tags('''
+0010: 0033 0034 2295
+0018: 1003 1006 1803 9916 9922
+0020: 3100
+0028: 3003 6022 7007 702A
+0040: 0255 1006 1007 1060 2006 2007 A492
+0044: 000A 0011 0012
+0054: 0400
+0070: 0081 0310
+0072: 0002 0004 0008 0010
+0074: 100C 140B
+0088: 0130
+2000: 0050
+2100: 0010 0160
+2110: 0030 0099
+3002: 0002 0003
+3004: 0006
+3006: 00C8
+300A: 0183 0184
+4008: 0103
+4010: 101A 1051 1053 1054 1055
+''')
+
 # %% ../nbs/api/05_phi.ipynb #8843b058
+_OVERLAY = {0x10, 0x11, 0x12, 0x15, 0x40, 0x50, 0x51, 0x52, 0x100, 0x102} # rows, columns, frames, type, origin, bits
+
+_KNOWN: dict = {} # of the tags that were asked for: is it PHI?
+
+def _tells(tag):
+    "As `is_phi`, looked up."
+    if tag>>24 == 0x60: return tag>>16 & 1 or tag&0xffff not in _OVERLAY
+    if tag in PHI_TAGS or tag in _MORE or not dictionary_has_tag(tag): return True
+    vr = dictionary_VR(tag)
+    return vr in _TOLD or vr == 'UI' and not _COMMON.search(keyword_for_tag(tag))
+
 def is_phi(
     tag:int, # (group << 16) + element; a pydicom tag is such a number
 ) -> bool:
-    """Does the Basic Application Level Confidentiality Profile (PS3.15 Table E.1-1, edition 2026c) remove, empty or
-    replace the element? Private elements, curves, and the data and comments of overlays count."""
-    group, elem = tag>>16, tag&0xffff
-    private, curve = group%2 == 1, group>>8 == 0x50
-    overlay = group>>8 == 0x60 and elem in (0x3000, 0x4000)
-    return private or curve or overlay or tag in PHI_TAGS
+    """May the element tell who the patient is? Those that the Basic Application Level Confidentiality Profile (PS3.15
+    Table E.1-1, edition 2026c) removes, empties or replaces; private elements, those that are not in the standard's
+    dictionary, curves, overlays but for their geometry; free text, persons, dates and UIDs of single objects."""
+    if tag not in _KNOWN: _KNOWN[int(tag)] = bool(_tells(int(tag)))
+    return _KNOWN[tag]

@@ -8,6 +8,7 @@ from click.testing import CliRunner
 from joblib import parallel_config
 from pydicom import uid
 from pydicom.data import get_testdata_file
+from pydicom.datadict import DicomDictionary
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.sequence import Sequence
 
@@ -124,6 +125,17 @@ def test_is_phi(kw, phi): assert is_phi(pydicom.datadict.tag_for_keyword(kw))==p
 
 def test_is_phi_by_group():
     assert is_phi(0x00091001) and is_phi(0x50010010) and is_phi(0x60003000) and is_phi(0x60024000) and not is_phi(0x60000010)
+    assert is_phi(0x60000022) and is_phi(0x60021500) and is_phi(0x60010010) and is_phi(0x60001234) # description, label, private, unknown
+
+def test_is_phi_by_kind():
+    "Elements that the dictionary does not have; text, persons, dates, addresses and UIDs of single objects, though the standard's table does not list them"
+    assert is_phi(0x00089999) and is_phi(0x00080000) and is_phi(0x7ffe0010)
+    for o in DicomDictionary:
+        if pydicom.datadict.dictionary_VR(o) in 'PN DA DT TM AS AE LT ST UT UC UR'.split(): assert is_phi(o), hex(o)
+    kept = 'SOPClassUID ReferencedSOPClassUID CodingSchemeUID ContextUID CodeValue CodeMeaning Manufacturer ManufacturerModelName SoftwareVersions ConvolutionKernel'
+    assert not any(is_phi(pydicom.datadict.tag_for_keyword(o)) for o in kept.split())
+    told = 'MultiFrameSourceSOPInstanceUID VolumeFrameOfReferenceUID CommentsOnTheScheduledProcedureStep PatientBirthDateInAlternativeCalendar PlacerOrderNumberProcedure'
+    assert all(is_phi(pydicom.datadict.tag_for_keyword(o)) for o in told.split())
 
 def test_phi_stays_out(tmp_path):
     "Nothing of the patient is left in the frame, nested or private; duplicates are still told"
