@@ -1,7 +1,10 @@
 """The table: fastai's columns and values, NumPy's statistics, a row for each file whatever happens, and no process left behind"""
-import csv, json, math, os, signal, subprocess, sys, time
+import csv, json, math, ntpath, os, signal, socket, subprocess, sys, tempfile, time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from unittest import mock
+from urllib.parse import unquote_to_bytes
 
 import numpy as np, pandas as pd, pydicom, pytest
 from click.testing import CliRunner
@@ -12,7 +15,7 @@ from pydicom.datadict import DicomDictionary
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.sequence import Sequence
 
-from dicomcam import cli
+from dicomcam import cli, summary
 from dicomcam.dicom import DicomError
 from dicomcam.summary import _batches, column_name, find_dicoms, header_row, is_phi, pixel_stats, summarize, years
 
@@ -151,6 +154,33 @@ def test_phi_stays_out(tmp_path):
     assert df.duplicate.all() and 'SOPInstanceUID' not in df and df.Modality.tolist()==['CR']*2
     assert secret in summarize(fns, pixels=False, n_jobs=1, progress=False).to_csv()
 
+def test_phi_of_every_place(tmp_path):
+    "Unknown elements, overlay labels, the instance's UID and private elements in items, the creator's name, the way to the folder: none is left"
+    secret = 'Zqxj'
+    it = Dataset()
+    it.SOPInstanceUID, it.CodeMeaning = '1.2.77777', 'kept'
+    it.add_new(0x00089998, 'LO', secret)
+    it.private_block(0x0011, secret, create=True).add_new(1, 'LO', secret)
+    ds = dataset(Modality='CR', DerivationCodeSequence=Sequence([it]), RequestedProcedurePriority='LOW', SOPInstanceUID='1.2.77777', TextValue=secret, ContentDescription=secret)
+    ds.private_block(0x0011, secret, create=True).add_new(1, 'LO', 'x')
+    for tag, vr in (0x00089999, 'LO'), (0x00089997, 'UN'), (0x60000022, 'LO'), (0x60021500, 'LO'), (0x60004000, 'LT'), (0x60003000, 'OB'), (0x50002600, 'LO'), (0x60007777, 'LO'):
+        ds.add_new(tag, vr, secret.encode() if vr in ('UN', 'OB') else secret)
+    ds.add_new(0x60000010, 'US', 7)
+    folder = tmp_path/secret/'disc'
+    (folder/'a').mkdir(parents=True)
+    for o in 'a/1.dcm', '2.dcm': ds.save_as(folder/o, enforce_file_format=True)
+    (folder/'3.dcm').write_bytes(Path(IMAGES[0]).read_bytes()[:3000])
+    (folder/'4.dcm').symlink_to(folder/'none')
+    files = find_dicoms(folder)
+    for given in folder, str(folder), files:
+        df = summarize(given, phi=False, n_jobs=1, progress=False)
+        text = ' '.join(df.columns)+df.to_csv()
+        assert secret not in text and secret.encode().hex() not in text and '77777' not in text and str(tmp_path) not in text
+        assert df.fname.tolist()==['2.dcm', '3.dcm', '4.dcm', os.path.join('a', '1.dcm')] and df.error[1:3].notna().all()
+        assert 'kept' in text and df.OverlayRows[0]==7 and df.duplicate.tolist()==[True, False, False, True]
+    assert summarize(files[-1], phi=False, n_jobs=1, progress=False).fname.tolist()==['1.dcm']
+    assert summarize(files, pixels=False, n_jobs=1, progress=False).fname.tolist()==[str(o) for o in files]
+    assert len(summarize([], phi=False, progress=False))==0
 
 # --- whatever happens ---
 
@@ -221,12 +251,118 @@ def die_on(fns, word):
 
 def test_a_process_that_dies():
     "costs the row of the file that killed it, and no other"
-    from functools import partial
     names = [f'{i:03}' for i in range(30)]
     names[7] = names[22] = 'killer'
     rows = [r for batch in _batches(partial(die_on, word='killer'), [names[i:i+5] for i in range(0, 30, 5)], 2) for r in batch]
     assert [r['fname'] for r in rows]==names
     assert [i for i,r in enumerate(rows) if r['error']]==[7,22] and 'crashed' in rows[7]['error']
+
+def test_text_that_is_no_text(tmp_path):
+    "Half surrogate pairs and NULs in a value and in a private creator, integers of more than 64 bits: CSV and Parquet take the table"
+    ds = Dataset()
+    ds.PatientComments = 'x\udcff\0y'
+    for tag, value in (0x00110010, 'AC\udcffME'), (0x00111001, 'one'): ds.add_new(tag, 'LO', value)
+    row, problems = header_row(ds)
+    assert not problems and row['PatientComments']=='x\\udcffy' and row['(0011,xx01) AC\\udcffME']=='one'
+    files = [tmp_path/'1.dcm', tmp_path/'2.dcm']
+    for o, text in zip(files, (b'7 ', b'1'+b'0'*21)):
+        ds = dataset()
+        ds.add_new(0x00200013, 'IS', 5)
+        ds.save_as(o, enforce_file_format=True)
+        o.write_bytes(o.read_bytes().replace(b'IS\x02\x005 ', b'IS'+len(text).to_bytes(2, 'little')+text))
+    df = summarize(files, pixels=False, n_jobs=1, progress=False)
+    df.to_parquet(tmp_path/'a.parquet')
+    assert df.error.isna().all() and pd.read_parquet(tmp_path/'a.parquet').InstanceNumber.tolist()==['7', str(10**21)]
+
+def test_unreadable_in_a_sequence(tmp_path):
+    "is said too, with the name of the sequence"
+    item = Dataset()
+    item.add_new(0x00200013, 'IS', '5')
+    dataset(ReferencedImageSequence=Sequence([item])).save_as(tmp_path/'a.dcm', enforce_file_format=True)
+    b = (tmp_path/'a.dcm').read_bytes()
+    (tmp_path/'a.dcm').write_bytes(b.replace(b'IS\x02\x005 ', b'IS\x02\x00x!'))
+    assert 'ReferencedImageSequence: InstanceNumber cannot be read' in summarize([tmp_path/'a.dcm'], pixels=False, n_jobs=1, progress=False).error[0]
+
+@pytest.mark.posix
+@pytest.mark.parametrize('end', ['csv', 'parquet'])
+def test_a_name_that_is_not_utf8(tmp_path, end):
+    "The file is read, its name leads back to it and is no other file's, and the table is written"
+    folder = tmp_path/'films'
+    folder.mkdir()
+    names = [b'Z\xfcrich 1.dcm', 'Zürich 1.dcm'.encode(), b'Z%FCrich 1.dcm', b'Z\xfcrich\n2.dcm', b'Z\\xfcrich 1.dcm']
+    try:
+        for i, o in enumerate(names): dataset(Modality='CR', PatientName=f'n{i}').save_as(os.path.join(os.fsencode(folder), o).decode(errors='surrogateescape'), enforce_file_format=True)
+    except (OSError, UnicodeError): pytest.skip('this file system takes UTF-8 only')
+    r = CliRunner().invoke(cli.main, ['summary', str(folder), '--no-pixels', '--out', str(tmp_path/f'a.{end}')])
+    assert r.exit_code==0, r.output
+    df = (pd.read_csv if end=='csv' else pd.read_parquet)(tmp_path/f'a.{end}')
+    assert df.error.isna().all() and df.fname.is_unique and len(df)==5
+    back = [os.fsdecode(unquote_to_bytes(o.removeprefix('file:'))) if o.startswith('file:') else o for o in df.fname]
+    assert [str(pydicom.dcmread(o).PatientName) for o in back]==df.PatientName.tolist()
+    assert sum('Z%FCrich' in o for o in df.fname)==3
+
+# --- a file that takes too long, a process that is killed ---
+
+@pytest.mark.posix
+def test_time_is_over(monkeypatch):
+    "The row says so and keeps what was read; the others go on; the alarm that somebody else has set goes on too. Ctrl-C is not taken for it"
+    stats, left = summary.pixel_stats, []
+    def slow(ds, *args):
+        left.append(signal.getitimer(signal.ITIMER_REAL)[0])
+        if ds.filename==IMAGES[1]: signal.raise_signal(signal.SIGALRM) # as when the time is over
+        return stats(ds, *args)
+    monkeypatch.setattr(summary, 'pixel_stats', slow)
+    before = signal.getsignal(signal.SIGALRM)
+    handler = lambda *_: None
+    signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 10**6)
+    try:
+        df = summarize(IMAGES[:3], n_jobs=1, progress=False, time_limit=9999)
+        assert signal.getsignal(signal.SIGALRM)==handler and 9999<signal.getitimer(signal.ITIMER_REAL)[0]<=10**6
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert all(0<o<=9999 for o in left) and len(left)==3
+    assert df.error.isna().tolist()==df.img_mean.notna().tolist()==[True, False, True]
+    assert df.error[1]=='not read within 9999 seconds; pass a larger time_limit to wait longer' and df.Modality[1]=='MR'
+    monkeypatch.setattr(summary, 'pixel_stats', mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt): summarize(IMAGES[:3], n_jobs=1, progress=False)
+
+def test_time_is_over_in_a_thread():
+    "No alarm there, and no error"
+    with ThreadPoolExecutor(1) as pool: df = pool.submit(summarize, IMAGES[:2], n_jobs=1, progress=False).result()
+    assert df.error.isna().all()
+
+def hang(files, how, limit):
+    "In place of `_rows`: the file named `hangs` blocks for ever, where an alarm is heard or not"
+    def row(file):
+        if file!='hangs': return dict(fname=file, error=None)
+        with summary._limited(limit):
+            if how=='deaf': signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM]) # as a decoder in C
+            time.sleep(1000)
+    try: return [row(o) for o in files]
+    except summary._Late: return [dict(fname=o, error='heard') for o in files]
+
+@pytest.mark.posix
+@pytest.mark.parametrize('how', ['heard', 'deaf'])
+def test_time_is_over_in_a_process(how):
+    "Python hears the alarm; where nothing does, the process is ended, and that costs the row of the file and no other"
+    names = ['a', 'b', 'hangs', 'c']
+    batches = [['a', 'b'], ['hangs'], ['c']]
+    rows = [r for batch in _batches(partial(hang, how=how, limit=.2), batches, 2, .2) for r in batch]
+    assert [r['fname'] for r in rows]==names and [r['error'] for r in rows if r['fname']!='hangs']==[None]*3
+    assert rows[2]['error']==('heard' if how=='heard' else 'not read within 0.2 seconds; pass a larger time_limit to wait longer')
+
+def killed(files):
+    "In place of `_rows`: what the system does when memory runs out"
+    if 'bomb' in files: os.kill(os.getpid(), signal.SIGKILL)
+    return [dict(fname=o, error=None) for o in files]
+
+@pytest.mark.posix
+def test_a_process_that_is_killed():
+    rows = [r for batch in _batches(killed, [['a', 'bomb'], ['b']], 2) for r in batch]
+    assert [r['fname'] for r in rows]==['a', 'bomb', 'b'] and [r['error'] is None for r in rows]==[True, False, True]
+    assert 'memory ran out' in rows[1]['error']
 
 
 # --- processes ---
@@ -331,12 +467,98 @@ def test_dicomdir():
     assert len(fns)==31 and all(o.is_file() for o in fns)
     assert set(fns) <= set(find_dicoms(ROOT/'dicomdirtests')) and len(find_dicoms(ROOT/'dicomdirtests'))==81
 
-def test_dicomdir_stays_in_its_folder(tmp_path):
-    rec = Dataset()
-    rec.ReferencedFileID = ['..','secret']
-    ds = dataset(DirectoryRecordSequence=Sequence([rec]))
-    ds.save_as(tmp_path/'DICOMDIR', enforce_file_format=True)
-    assert find_dicoms(tmp_path/'DICOMDIR')==[]
+def test_a_file_that_mentions_the_dicomdir(tmp_path):
+    "A film that has the class of a DICOMDIR in a UID or in a comment is no DICOMDIR, and is found"
+    dataset(PatientComments='1.2.840.10008.1.3.10', SOPInstanceUID='1.2.840.10008.1.3.10.5').save_as(tmp_path/'a.dcm', enforce_file_format=True)
+    (tmp_path/'DICOMDIR').write_bytes((ROOT/'dicomdirtests/DICOMDIR').read_bytes())
+    assert find_dicoms(tmp_path)==[tmp_path/'a.dcm']
+
+@pytest.mark.posix
+def test_odd_worlds(tmp_path):
+    "Pipes, sockets and devices are no files; links that lead nowhere or in a circle get a row; a link to a folder gets a warning"
+    (tmp_path/'a.dcm').write_bytes(Path(IMAGES[0]).read_bytes())
+    os.mkfifo(tmp_path/'fifo.dcm')
+    (tmp_path/'device.dcm').symlink_to('/dev/zero')
+    (tmp_path/'gone.dcm').symlink_to(tmp_path/'nothing')
+    for a, b in ('round.dcm', 'again.dcm'), ('again.dcm', 'round.dcm'): (tmp_path/a).symlink_to(tmp_path/b)
+    (tmp_path/'sub').mkdir()
+    (tmp_path/'sub'/'link').symlink_to(tmp_path)
+    here = os.getcwd()
+    os.chdir(tmp_path) # a socket's name may have 108 characters
+    with socket.socket(socket.AF_UNIX) as s:
+        try: s.bind('socket.dcm')
+        finally: os.chdir(here)
+        with pytest.warns(UserWarning, match='link: a link to a folder is not followed'): files = find_dicoms(tmp_path)
+    assert [o.name for o in files]==['a.dcm', 'again.dcm', 'gone.dcm', 'round.dcm']
+    df = summarize(files, n_jobs=1, progress=False)
+    assert df.error.isna().tolist()==[True, False, False, False] and 'No such file' in df.error[2]
+
+UNPRIVILEGED = '''
+import os, sys, warnings
+import pandas, pyarrow
+from dicomcam.summary import find_dicoms, summarize
+from pathlib import Path
+summarize([sys.argv[1]+'/a.dcm'], n_jobs=1, progress=False) # import all
+if os.geteuid()==0: os.setuid(65534)
+warnings.simplefilter('always')
+files = find_dicoms(sys.argv[1])
+for o in summarize(files, n_jobs=1, progress=False).itertuples(): print(Path(o.fname).relative_to(sys.argv[1]), '|', o.error)
+'''
+
+@pytest.mark.posix
+def test_folders_that_are_closed():
+    "A folder that may be read but not searched gives rows; one that may not be read, a warning that names it; and the others are read"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        path.chmod(0o755)
+        for o in 'a.dcm', 'shut/b.dcm', 'listed/c.dcm', 'listed/sub/d.dcm', 'z/e.dcm':
+            (path/o).parent.mkdir(exist_ok=True, parents=True)
+            (path/o).write_bytes(Path(IMAGES[0]).read_bytes())
+            (path/o).chmod(0o644)
+        (path/'z'/'e.dcm').chmod(0)
+        (path/'shut').chmod(0)
+        (path/'listed').chmod(0o644)
+        try: r = subprocess.run([sys.executable, '-c', UNPRIVILEGED, folder], capture_output=True, text=True)
+        finally:
+            for o in 'shut', 'listed': (path/o).chmod(0o755)
+    assert r.returncode==0, r.stderr
+    rows = dict(o.split(' | ') for o in r.stdout.splitlines())
+    assert list(rows)==['a.dcm', 'listed/c.dcm', 'z/e.dcm'] and rows['a.dcm'] in ('None', 'nan')
+    assert 'Permission denied' in rows['listed/c.dcm'] and 'Permission denied' in rows['z/e.dcm']
+    assert f'{folder}/shut: this folder cannot be searched (Permission denied)' in r.stderr and f'{folder}/listed/sub: this folder' in r.stderr
+
+def test_a_folder_that_changes(tmp_path):
+    "What is deleted or becomes a folder after it was found has a row that says so"
+    for o in 'abc': (tmp_path/o).write_bytes(Path(IMAGES[0]).read_bytes())
+    files = find_dicoms(tmp_path)
+    (tmp_path/'a').unlink()
+    (tmp_path/'b').unlink()
+    (tmp_path/'b').mkdir()
+    df = summarize(files, n_jobs=1, progress=False)
+    assert 'No such file' in df.error[0] and 'is a folder' in df.error[1] and df.error.isna()[2]
+
+@pytest.mark.parametrize('parts', [['..', 'secret'], ['/etc', 'secret'], ['a', '..', '..', 'secret'], ['/etc/secret']], ids=str)
+def test_dicomdir_stays_in_its_folder(tmp_path, parts):
+    "Entries that lead out of it are left out, with a warning that counts them"
+    records = [Dataset(), Dataset(), Dataset()]
+    records[0].ReferencedFileID, records[1].ReferencedFileID = parts, ['a', 'film']
+    dataset(DirectoryRecordSequence=Sequence(records)).save_as(tmp_path/'DICOMDIR', enforce_file_format=True)
+    with pytest.warns(UserWarning, match='DICOMDIR: 1 of 2 entries lead out of its folder'): files = find_dicoms(tmp_path/'DICOMDIR')
+    assert files==[tmp_path/'a'/'film']
+
+@pytest.mark.parametrize('parts', [['C:', 'secret'], ['..\\secret'], ['a', 'D:secret']], ids=str)
+def test_dicomdir_on_windows(parts, monkeypatch):
+    monkeypatch.setattr(os.path, 'basename', ntpath.basename)
+    assert not summary._inside(parts) and summary._inside(['A', 'IM000001'])
+
+def test_dicomdir_that_is_none(tmp_path):
+    "The list of records is text, or a file's name a number: one error"
+    for i, (tag, vr, value) in enumerate([(0x00041220, 'LO', 'text'), (0x00041220, 'SQ', [Dataset()])]):
+        if vr=='SQ': value[0].add_new(0x00041500, 'US', 5)
+        ds = dataset()
+        ds.add_new(tag, vr, value)
+        ds.save_as(tmp_path/f'{i}', enforce_file_format=True)
+        with pytest.raises(DicomError, match=f'{i}: cannot be read as a DICOMDIR'): find_dicoms(tmp_path/f'{i}')
 
 def test_one_column_for_one_element():
     "Over all of pydicom's files: two elements never share a column"
