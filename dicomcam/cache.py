@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np, torch
 from fastai.torch_core import defaults
 
-from .files import cache_folder, evict, sweep, whole
+from .files import cache_folder, evict, private_folder, sweep, whole
 from .read import DicomError
 from .pil import TensorDicom
 from .view import fit_image
@@ -40,6 +40,7 @@ class _Folder:
     def __init__(self, root, name, limit):
         self.root, self.limit = root, limit
         self.dir = (root or Path())/name
+        self.closed = [self.dir] # folders that others may not look into
         self.fingerprints = {} # file -> stamp, fingerprint
         self.stored, self.full = 0, False
 
@@ -61,7 +62,10 @@ class _Folder:
         self.stored += 1
         if self.full: return
         try:
-            with whole(kept) as part: levels.tofile(part)
+            for folder in self.closed: private_folder(folder)
+            with whole(kept) as part:
+                part.touch(0o600)
+                levels.tofile(part)
         except OSError as e:
             warnings.warn(f'{kept.parent}: images cannot be kept ({e.strerror}), so they are decoded each time.')
 
@@ -95,6 +99,7 @@ class ImageCache(_Folder):
     ):
         root = None if folder is False else Path(folder or cache_folder('images'))
         super().__init__(root, f'{version("dicomcam")}-{size}-{method}', limit)
+        if not folder and root: self.closed.insert(0, cache_folder()) # an older version left it open
         self.size, self.method = size, method
 
     def __call__(self, fn) -> TensorDicom:

@@ -569,3 +569,28 @@ def test_one_column_for_one_element():
             try: names.append(column_name(ds[t]))
             except Exception: pass
         assert len(set(names))==len(names), fn
+
+# --- the image cache is for its owner alone ---
+
+def modes(root): return {oct(o.stat().st_mode & 0o777) for o in [root, *root.rglob('*')] if o.is_dir()}, {oct(o.stat().st_mode & 0o777) for o in root.rglob('*') if o.is_file()}
+
+@pytest.mark.posix
+@pytest.mark.parametrize('umask', [0, 0o022])
+def test_cache_is_private(tmp_path, monkeypatch, umask):
+    "Folders 0700, files 0600, whatever the umask; a folder of the user's stays as it is; what an older version left open is closed"
+    from dicomcam.cache import ImageCache
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'xdg'))
+    before = os.umask(umask)
+    try:
+        ImageCache(32)(IMAGES[0])
+        assert modes(tmp_path/'xdg'/'dicomcam')==({'0o700'}, {'0o600'})
+        (tmp_path/'xdg'/'dicomcam').chmod(0o755)
+        ImageCache(32).fill([IMAGES[0], IMAGES[1]])
+        assert modes(tmp_path/'xdg'/'dicomcam')==({'0o700'}, {'0o600'})
+        (tmp_path/'mine').mkdir()
+        (tmp_path/'mine').chmod(0o775)
+        ImageCache(32, folder=tmp_path/'mine')(IMAGES[0])
+    finally: os.umask(before)
+    assert oct((tmp_path/'mine').stat().st_mode & 0o777)=='0o775'
+    made, = (tmp_path/'mine').iterdir()
+    assert modes(made)==({'0o700'}, {'0o600'})
