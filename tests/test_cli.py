@@ -203,7 +203,7 @@ def rows(out):
 def test_explain_tells_what_the_heatmaps_tell(folder, model, tmp_path):
     from dicomcam.gradcam import gradcam
     files = sorted((folder/'train'/'Pneumothorax').glob('*.dcm'))
-    r = here('explain', model, *files, '--class', 'Pneumothorax', '--layer', -7, '--method', 'layercam', '--bs', 4, '--out', tmp_path/'maps')
+    r = here('explain', model, *files, '--class', 'Pneumothorax', '--layer', -7, '--method', 'layercam', '--bs', 4, '--phi', '--out', tmp_path/'maps')
     assert r.stdout.splitlines()[-1].startswith(f'{len(files)} of {len(files)} explained. Results in {tmp_path/"maps"}')
     h, got = gradcam(load_model(model), files, layers=-7, method='layercam'), rows(tmp_path/'maps')
     for i, o in enumerate(files):
@@ -240,7 +240,7 @@ def test_one_bad_file_does_not_stop_the_rest(folder, model, tmp_path):
     bad = tmp_path/'cut.dcm'
     bad.write_bytes(files[0].read_bytes()[:200])
     (tmp_path/'text.dcm').write_text('no image')
-    r = dicomcam('explain', model, *files[:3], bad, tmp_path/'text.dcm', *files[3:], '--bs', 4, '--out', tmp_path/'maps')
+    r = dicomcam('explain', model, *files[:3], bad, tmp_path/'text.dcm', *files[3:], '--bs', 4, '--phi', '--out', tmp_path/'maps')
     assert r.returncode == 1 and '6 of 8 explained' in r.stdout.splitlines()[-1]
     assert sorted(o.split(':')[0] for o in r.stderr.splitlines()) == sorted([str(bad), str(tmp_path/'text.dcm')])
     got = rows(tmp_path/'maps')

@@ -1,5 +1,5 @@
 "What is handed over: DICOM objects that a strict checker passes and that come from all kinds of sources, and a report that a real browser shows."
-import base64, html as html_, os, re, shutil, subprocess, sys, warnings, zipfile
+import base64, html as html_, os, re, shutil, subprocess, sys, unicodedata, warnings, zipfile
 from collections import OrderedDict
 from io import BytesIO
 from pathlib import Path
@@ -13,11 +13,13 @@ from PIL import Image
 from pydicom.uid import generate_uid
 from torch import nn
 
-import dicomcam.objects as objects, dicomcam.report as report_
+import dicomcam.folder as folder_, dicomcam.objects as objects, dicomcam.report as report_
 from dicomcam import __version__
 from dicomcam.results import evaluate, predictions
 from dicomcam.cam import Heatmaps, positive, to_unit
+from dicomcam.folder import found_files, result_names, write_heatmaps
 from dicomcam.pictures import heat_uri, outline_path
+from dicomcam.read import read_dicom
 from dicomcam.share import overlay, report, save_sc, save_seg
 from dicomcam.summary import is_phi
 from dicomcam.text import for_figure
@@ -194,6 +196,96 @@ def test_pictures_of_odd_names(odd, folder, tmp_path):
         assert any(want in o for o in says) and max(map(len, says)) < 100 and ''.join(says).isprintable(), says
     assert plots[0].get_legend_handles_labels()[1].count(for_figure(odd)) == 1
     plt.close('all')
+
+# ---- results of a folder
+
+def copies(folder, *names):
+    "The same film under other names"
+    file = label_table(folder).file[0]
+    for o in map(Path, names): o.parent.mkdir(parents=True, exist_ok=True), shutil.copy(file, o)
+    return list(map(Path, names))
+
+def inside(folder): return sorted(o.relative_to(folder).as_posix() for o in Path(folder).rglob('*') if o.is_file())
+
+def table(folder): return pd.read_csv(Path(folder)/'heatmaps.csv', dtype=str, keep_default_na=False)
+
+def test_nothing_is_written_beside_the_originals(folder, tmp_path, monkeypatch):
+    "Files named from a folder beside theirs, as `..`, as a link, twice: all results lie in the folder that was named"
+    copies(folder, tmp_path/'proj/data/a.dcm', tmp_path/'proj/sub/b.dcm')
+    (tmp_path/'proj/data/a.png').write_text('mine')
+    (tmp_path/'proj/sub/link').symlink_to(tmp_path/'proj/data')
+    (tmp_path/'proj/sub/c.dcm').symlink_to(tmp_path/'proj/data/a.dcm')
+    monkeypatch.chdir(tmp_path/'proj/sub')
+    before, out = inside(tmp_path), tmp_path/'out'
+    files = found_files(['../data/a.dcm', 'b.dcm', 'link/../data/a.dcm', 'link/a.dcm', '../sub/./b.dcm', Path('b.dcm').absolute(), 'c.dcm'])
+    assert list(map(str, files)) == ['../data/a.dcm', 'b.dcm', 'c.dcm']
+    out.mkdir()
+    monkeypatch.setattr(Heatmaps, 'show', lambda h, i, cls: plt.figure())
+    assert not write_heatmaps(out, heatmaps, files, ['No Finding', 'Pneumothorax'], dicom=True)
+    assert inside(out) == ['data/a.png', 'data/a.sc.dcm', 'data/a.seg.dcm', 'heatmaps.csv', *(f'sub/{o}' for o in ('b.png', 'b.sc.dcm', 'b.seg.dcm', 'c.png', 'c.sc.dcm', 'c.seg.dcm'))]
+    assert [o for o in inside(tmp_path) if not o.startswith('out/')] == before and Path('../data/a.png').read_text() == 'mine'
+    assert list(dict.fromkeys(table(out).file)) == ['data/a.dcm', 'sub/b.dcm', 'sub/c.dcm']
+
+@pytest.mark.parametrize('files', [
+    ['a/1.dcm', 'b/1.dcm'], ['a.dcm', 'A.dcm', 'a'], ['a', 'A', 'a_2', 'A_2'], ['a.dcm', 'a.png/b.dcm', 'a.png_/b.dcm', 'A.PNG/B.dcm', 'heatmaps.csv/x.dcm', 'heatmaps'], ['a', 'a.sc', 'a.sc.dcm', 'a.seg.dcm/x'],
+    ['x'*251+'.dcm', 'x'*250, 'x'*252+'.dcm'], ['\u00e9', 'e\u0301'], ['half \udcff', 'half \udcfe', '\udcff'], ['../../x', '../x', '/x', 'x'], ['/etc/passwd', '/etc/../tmp/../x']], ids=ascii)
+def test_no_two_results_meet(files):
+    "On any system, and none is outside"
+    names = result_names(list(map(Path, files)))
+    written = [Path(f'{o}{end}') for o in names for end in ('.png', '.sc.dcm', '.seg.dcm')] + [Path('heatmaps.csv')]
+    keys = [unicodedata.normalize('NFC', str(o)).casefold() for o in written]
+    folders = {unicodedata.normalize('NFC', str(p)).casefold() for o in written for p in o.parents}
+    assert len(set(keys)) == len(keys) == 3*len(files)+1 and not set(keys) & folders
+    assert all(not o.is_absolute() and '..' not in o.parts and max(len(p.encode()) for p in o.parts) < 230 for o in written)
+
+def test_files_on_other_drives(monkeypatch):
+    from pathlib import PureWindowsPath
+    monkeypatch.setattr(folder_, '_place', PureWindowsPath)
+    assert [o.as_posix() for o in folder_.below(['C:/x/1.dcm', 'D:/x/1.dcm'])] == ['C/x/1.dcm', 'D/x/1.dcm']
+    assert [o.as_posix() for o in folder_.below(['C:/x/1.dcm', 'C:/y/1.dcm'])] == ['x/1.dcm', 'y/1.dcm']
+
+def test_classes_called_as_columns_of_heatmaps_csv(folder, tmp_path):
+    vocab = ['mass', 'x', 'file', 'error', 'peak', 'class', 'ill', 'mass (class)', '=1+1']
+    def explain(files):
+        h = heatmaps(files)
+        h.raw, h.classes, h.probs = [o.repeat(1, 5, 1, 1)[:, :9] for o in h.raw], vocab, torch.linspace(.1, .9, 9).expand(len(files), 9)
+        return h
+    def show(h, i, cls): return plt.figure()
+    def boxes(h, i, cls): return pd.DataFrame([dict(x=1, y=2, width=3, height=4, peak=.5, mass=.25)])
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(Heatmaps, 'show', show), m.setattr(Heatmaps, 'boxes', boxes)
+        write_heatmaps(tmp_path, explain, copies(folder, tmp_path/'a.dcm'), vocab, 'x')
+    df = table(tmp_path)
+    row = df.iloc[0]
+    assert df.columns.is_unique and (row['file'], row['class'], row['x'], row['peak'], row['mass'], row['error']) == ('a.dcm', 'x', '1', '0.5', '0.25', '')
+    columns = ['mass (class)', 'x (class)', 'file (class)', 'error (class)', 'peak (class)', 'class (class)', 'ill', 'mass (class) (class)', "'=1+1"]
+    np.testing.assert_allclose([float(row[o]) for o in columns], torch.linspace(.1, .9, 9), rtol=1e-5)
+
+def test_odd_file_names_in_heatmaps_csv(folder, tmp_path, monkeypatch):
+    "One row each, whose cells no spreadsheet runs; a path above that of all is in no cell, nor in an error"
+    names = ['two\nlines', 'cr\rhere', '=1+1', 'quote"', '\u202eevil', 'x'*250]
+    d = tmp_path/'Doe^Jane'
+    copies(folder, *(d/o for o in names))
+    try: copies(folder, Path(os.fsdecode(os.fsencode(d)+b'/half \xff')))
+    except OSError: pass # this file system takes text only
+    (d/'bad\nfile').write_text('no image')
+    (d/'gone').symlink_to(d/'nowhere')
+    files = sorted(d.iterdir())
+    def explain(files):
+        for o in files: read_dicom(o, pixels=False)
+        return heatmaps(files)
+    out = tmp_path/'out'
+    out.mkdir()
+    monkeypatch.setattr(Heatmaps, 'show', lambda h, i, cls: plt.figure())
+    failed = write_heatmaps(out, explain, files, ['No Finding', 'Pneumothorax'])
+    assert sorted(o.name for o in failed) == ['bad\nfile', 'gone'] and all(str(d) in o for o in failed.values())
+    df = table(out)
+    assert len(df.drop_duplicates('file')) == len(files) and (df.error != '').sum() == 2 and 'Doe' not in (out/'heatmaps.csv').read_text()
+    assert not [o for o in df.to_numpy().ravel() if o.startswith(tuple('=+-@\t\r'))]
+    assert sorted(df.heatmap.replace('', None).dropna().map(lambda o: o.removeprefix("'")).unique()) == [o for o in inside(out) if o.endswith('.png')]
+    assert set(table(out).file) >= {'two\nlines', 'cr\rhere', "'=1+1"}
+    write_heatmaps(out, explain, files[:1], ['No Finding', 'Pneumothorax'], phi=True)
+    assert table(out).file[0].removeprefix("'") == str(files[0])
 
 # ---- the report
 
