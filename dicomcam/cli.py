@@ -8,32 +8,56 @@ Docs: https://dicomcam.github.io/dicomcam/api/cli.html.md"""
 __all__ = ['main', 'summary', 'train', 'explain', 'report', 'demo', 'run_demo']
 
 # %% ../nbs/api/37_cli.ipynb #d14a73e8
-import os, signal, warnings
-from functools import partial
+import errno, logging, os, traceback, warnings
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 
 import click
 from fastcore.basics import compose
 
 from . import __version__
-from .files import plain_progress, whole
+from .files import plain_progress, remove, whole
+from .text import for_terminal
 from .folder import found_files, write_heatmaps
 from .demo import run_demo
 
 _all_ = ['run_demo'] # where it was in 0.1
 
+# %% ../nbs/api/37_cli.ipynb #49021493
+def _tell(text, err=False): click.echo(for_terminal(' '.join(str(text).splitlines())), err=err)
+
 # %% ../nbs/api/37_cli.ipynb #1def13b7
+_ISSUES = 'https://github.com/dicomcam/dicomcam/issues'
+
+def _line(e, command):
+    "What a person is told of an error in `command`, and the exit status."
+    if isinstance(e, KeyboardInterrupt): return 'stopped; nothing half-written is left.', 130
+    if isinstance(e, click.UsageError): return f'{e.format_message()} See: {command} --help', 2
+    if isinstance(e, MemoryError): return f'not enough memory. {e}', 2
+    if isinstance(e, (OSError, ValueError, ImportError)): return str(e) or type(e).__name__, 2
+    return f'a fault of dicomcam: {type(e).__name__}: {e}. Please tell {_ISSUES}; --debug shows where it is.', 70
+
+def _end(e, ctx):
+    "Say what happened, and leave with the status of that."
+    ctx = getattr(e, 'ctx', None) or ctx
+    says, status = _line(e, ctx.command_path if ctx else 'dicomcam')
+    _tell(f'dicomcam: {" ".join(says.split())}', err=True)
+    raise click.exceptions.Exit(status)
+
 class _Plain(click.Group):
-    "A command group that turns what a person got wrong into one line and exit status 2, and Ctrl-C into 130."
+    "A command group in which an error ends in one line and an exit status of its kind."
+    def make_context(self, *args, **kwargs):
+        try: return super().make_context(*args, **kwargs)
+        except click.exceptions.NoArgsIsHelpError: raise
+        except click.UsageError as e: _end(e, None)
+
     def invoke(self, ctx):
         try: return super().invoke(ctx)
-        except KeyboardInterrupt: says, status = 'stopped; nothing half-written is left.', 130
-        except click.UsageError as e: says, status = f'{e.format_message()} See: {e.ctx.command_path} --help', 2
-        except (OSError, ValueError, ImportError) as e:
-            if ctx.params.get('debug') or isinstance(e, BrokenPipeError): raise
-            says, status = str(e), 2
-        click.echo(f'dicomcam: {" ".join(says.split())}', err=True)
-        ctx.exit(status)
+        except (click.exceptions.Exit, click.Abort): raise
+        except (Exception, KeyboardInterrupt) as e: error = e
+        if ctx.params['debug']: traceback.print_exception(error)
+        _end(error, ctx)
 
 @click.group(cls=_Plain, context_settings=dict(help_option_names=['-h', '--help']))
 @click.version_option(__version__)
@@ -41,26 +65,64 @@ class _Plain(click.Group):
 def main(debug):
     """From a folder of DICOM images to a trained classifier and heatmaps of where it looked. Not a medical device.
 
-    Exit status: 0 done, 1 done but for some files (explain), 2 not done, 130 stopped by Ctrl-C.
+    Exit status: 0 done, 1 done but for some files (explain), 2 not done, 70 not done through a fault of dicomcam,
+    130 stopped (Ctrl-C, kill, a closed terminal).
 
     \b
     Example: dicomcam demo
     """
     os.environ.setdefault('MPLBACKEND', 'agg') # draw without a screen
-    signal.signal(signal.SIGTERM, signal.default_int_handler) # kill and timeout end it as Ctrl-C does
-    warnings.showwarning = lambda message, *_: click.echo(f'dicomcam: {message}', err=True)
+    logging.getLogger('matplotlib').setLevel(logging.ERROR) # that it cannot keep its fonts is nobody's concern
+    once = cache(partial(_tell, err=True))
+    warnings.showwarning = lambda message, *_: once(f'dicomcam: {message}')
 
 # %% ../nbs/api/37_cli.ipynb #b3e3517d
-def _output(
-    out,   # File or folder
-    force, # Replace what is there?
+def _place(
+    out,    # File or folder
+    folder, # Which of them?
 ):
-    "Where to write what becomes `out` at the end of the block; after an error nothing is left. Raises FileExistsError."
-    path = Path(out).expanduser().resolve()
-    empty = path.is_dir() and not any(path.iterdir())
-    if path.exists() and not empty and not force:
-        raise FileExistsError(f'{out}: is there already. Name another place with --out, or pass --force to replace it.')
-    return whole(path)
+    "Where `out` is, in full. Raises OSError or ValueError if it cannot be written there."
+    if out in ('', '-'): raise ValueError(f'{out!r} is no name for a result. (A file called - is ./- here.)')
+    try:
+        path = Path(out).expanduser().resolve()
+        right = path.is_dir() if folder else path.is_file()
+        if path.exists() and not right:
+            raise ValueError(f'{out}: is there, and is no {"folder" if folder else "file"}.')
+        with whole(path) as part:
+            part.mkdir()
+            remove(part)
+    except (OSError, RuntimeError) as e: # RuntimeError: links that lead in a circle, ~ without a home
+        raise OSError(f'{out}: cannot be written there. {getattr(e, "strerror", None) or e}.') from None
+    return path
+
+def _may_write(path, out, force):
+    "Raise FileExistsError if something is there that nobody wants replaced."
+    if force or not path.exists() or path.is_dir() and not any(path.iterdir()): return
+    raise FileExistsError(f'{out}: is there already. Name another place with --out, or pass --force to replace it.')
+
+_NO_ROOM = [os.strerror(o) for o in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
+
+def _no_room(why): return any(o in str(why) for o in _NO_ROOM)
+
+@contextmanager
+def _output(
+    out,          # File or folder
+    force,        # Replace what is there?
+    folder=False, # Is it a folder?
+):
+    """Where to write what becomes `out` at the end of the block; after an error nothing is left. Raises
+    FileExistsError, and OSError for a full disk, whatever the library that met it calls it."""
+    path = _place(out, folder)
+    _may_write(path, out, force)
+    ending = getattr(click.get_current_context(silent=True), 'obj', None)
+    try:
+        with whole(path, merge=force or os.name == 'nt') as part:
+            yield part
+            if ending: ending() # from here on it is too late to stop
+            _may_write(path, out, force) # another command may have been faster
+    except Exception as e:
+        if _no_room(e): raise OSError(f'{out}: could not be written. {e}') from e
+        raise
 
 # %% ../nbs/api/37_cli.ipynb #72941d28
 def _options(*options):
@@ -112,12 +174,12 @@ def summary(folder, out, force, pixels, phi):
         from dicomcam.text import write_csv
         files = find_dicoms(folder)
         if not files: raise ValueError(f'{folder}: holds no DICOM file.')
-        click.echo(f'Reading {len(files)} files ...')
+        _tell(f'Reading {len(files)} files ...')
         df = summarize(files, pixels, phi=phi)
         if out.endswith('.csv'): write_csv(df, part)
         else: df.to_parquet(part)
     unread = df.error.notna().sum()
-    click.echo(f'{len(df)} files, {unread} with something that could not be read (column error). Table in {out}')
+    _tell(f'{len(df)} files, {unread} with something that could not be read (column error). Table in {out}')
 
 # %% ../nbs/api/37_cli.ipynb #80985f65
 _METRICS = ('accuracy', 'auc', 'average_precision', 'sensitivity', 'specificity', 'ppv', 'npv', 'brier',
@@ -127,14 +189,17 @@ def _say(metrics, names=_METRICS):
     "A line for each metric, with its interval; what is not known is a question mark."
     for name in names:
         value, low, high = (f'{metrics[name][k]:.2f}'.replace('nan', '?') for k in ('value', 'low', 'high'))
-        click.echo(f'{name:18} {value}  (95 % interval {low} to {high})')
+        _tell(f'{name:18} {value}  (95 % interval {low} to {high})')
 
 # %% ../nbs/api/37_cli.ipynb #6ce436db
-def _check_resume(checkpoint, resume, force):
+def _check_checkpoint(checkpoint, out, resume, force):
     "Going on from a state is asked for, never done unasked, and a state is not written over unasked."
     if resume and not checkpoint:
         raise click.UsageError('--resume goes on from a --checkpoint FILE: which?', click.get_current_context())
-    if checkpoint and Path(checkpoint).exists() and not (resume or force):
+    if checkpoint is None: return
+    path = _place(checkpoint, folder=False)
+    if path == Path(out).expanduser().resolve(): raise ValueError(f'{out}: cannot be the model and its checkpoint.')
+    if path.exists() and not (resume or force):
         raise FileExistsError(f'{checkpoint}: is there already. Go on from it with --resume, '
             'or pass --force to replace it.')
 
@@ -151,7 +216,7 @@ def train(folder, labels, seed, checkpoint, resume, out, force, **recipe):
     \b
     Example: dicomcam train ~/xrays --arch xresnet34 --size 256 --epochs 20 --checkpoint state.pt --resume
     """
-    _check_resume(checkpoint, resume, force)
+    _check_checkpoint(checkpoint, out, resume, force)
     with _output(out, force) as part:
         plain_progress()
         from dicomcam.batches import split_counts
@@ -160,15 +225,15 @@ def train(folder, labels, seed, checkpoint, resume, out, force, **recipe):
         from dicomcam.results import evaluate, predictions
         from dicomcam.training import default_recipe, train_learner
         r = {**default_recipe(), **_given(recipe)}
-        click.echo(f'Training {r["arch"]} at {r["size"]} pixels for {r["epochs"]} epochs ...')
+        _tell(f'Training {r["arch"]} at {r["size"]} pixels for {r["epochs"]} epochs ...')
         learn = train_learner(folder, seed, checkpoint=checkpoint, resume=resume, data=dict(labels=labels), **r)
-        click.echo(split_counts(learn.dls).to_string())
+        for line in split_counts(learn.dls).to_string().splitlines(): _tell(line)
         save_model(learn, part)
         df = predictions(learn)
         for cls in positive_classes(learn.dls.vocab, learn.dls.setup.multi):
-            click.echo(f'{cls}, on the {df.patient.nunique()} patients held back, from 0.5 on:')
+            _tell(f'{cls}, on the {df.patient.nunique()} patients held back, from 0.5 on:')
             _say(evaluate(df, positive=cls))
-    click.echo(f'Model in {out}')
+    _tell(f'Model in {out}')
 
 # %% ../nbs/api/37_cli.ipynb #b1cacce4
 @main.command()
@@ -190,7 +255,7 @@ def explain(model, files, method, layer, cls, dicom, bs, phi, out, force):
     \b
     Example: dicomcam explain model.safetensors ~/xrays/train --class Pneumonia --out heatmaps
     """
-    with _output(out, force) as part:
+    with _output(out, force, folder=True) as part:
         import torch
         from dicomcam.gradcam import gradcam
         from dicomcam.layers import fine_stage
@@ -199,14 +264,15 @@ def explain(model, files, method, layer, cls, dicom, bs, phi, out, force):
         maps = partial(gradcam, learn, layers=fine_stage(learn) if layer is None else layer, method=method)
         size = learn.dls.setup.size
         shown, = maps(torch.zeros(1, 1, size, size), classes=cls).layers
-        click.echo(f'Heatmaps of layer {shown}')
+        _tell(f'Heatmaps of layer {shown}')
         part.mkdir()
         failed = write_heatmaps(part, maps, files, list(learn.dls.vocab), cls, dicom, bs, phi)
+        for why in filter(_no_room, failed.values()): raise OSError(why) # that is not the file's fault
         if len(failed) == len(files):
             first = next(iter(failed.values()))
             raise ValueError(f'None of the {len(files)} files could be explained, the first because: {first}')
-    for file, why in failed.items(): click.echo(why if str(file) in why else f'{file}: {why}', err=True)
-    click.echo(f'{len(files)-len(failed)} of {len(files)} explained. Results in {out}: heatmaps.csv and the pictures')
+    for file, why in failed.items(): _tell(why if str(file) in why else f'{file}: {why}', err=True)
+    _tell(f'{len(files)-len(failed)} of {len(files)} explained. Results in {out}: heatmaps.csv and the pictures')
     if failed: click.get_current_context().exit(1)
 
 # %% ../nbs/api/37_cli.ipynb #528dd768
@@ -235,13 +301,13 @@ def report(model, folder, labels, method, layer, positive, held_out, cases, phi,
         split = dict(learn.dls.setup.split)
         table = label_table(folder, labels, split.pop('by'))
         if held_out: table = table.iloc[patient_split(table, **split)[1]].reset_index(drop=True)
-        click.echo(f'Looking at {len(table)} images ...')
+        _tell(f'Looking at {len(table)} images ...')
         plain_progress()
         title = Path(model).name
         if phi: title += f' on {Path(folder).resolve().name}'
         write(learn, table, part, layers=layer, method=method, positive=positive, n=cases, phi=phi, path=folder,
             title=title, progress=True)
-    click.echo(f'Report in {out}')
+    _tell(f'Report in {out}')
 
 # %% ../nbs/api/37_cli.ipynb #c102cda7
 @main.command()
@@ -255,10 +321,10 @@ def demo(data, seed, out, force, **recipe):
     \b
     Example: dicomcam demo --data ~/xrays --out results
     """
-    with _output(out, force) as part: metrics = run_demo(data, part, seed, **_given(recipe))
+    with _output(out, force, folder=True) as part: metrics = run_demo(data, part, seed, **_given(recipe))
     _say(metrics, ('accuracy', 'auc', 'sensitivity', 'specificity'))
     if 'pointing_game' in metrics:
         hits = f'{metrics["pointing_game"]:.2f}'
-        click.echo(f'{"pointing":18} {hits}  (brightest pixel in the lesion, of the lesions that were found)')
+        _tell(f'{"pointing":18} {hits}  (brightest pixel in the lesion, of the lesions that were found)')
     results = 'summary.csv, model.safetensors, metrics.json, heatmaps/, report.html'
-    click.echo(f'{metrics["seconds"]["total"]:.0f} seconds. Results in {out}: {results}')
+    _tell(f'{metrics["seconds"]["total"]:.0f} seconds. Results in {out}: {results}')
