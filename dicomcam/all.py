@@ -12,7 +12,10 @@ from dicomcam.pil import *
 from dicomcam.train import *
 from dicomcam.interpret import *
 from dicomcam.heatmaps import *
+from dicomcam.layouts import *
 from dicomcam.layers import *
+from dicomcam.items import *
+from dicomcam.classifier import *
 from dicomcam.explain import *
 from dicomcam.cam import *
 from dicomcam.gradcam import *

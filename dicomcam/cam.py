@@ -8,13 +8,15 @@ Docs: https://dicomcam.github.io/dicomcam/api/cam.html.md"""
 __all__ = ['cam', 'upsample', 'positive', 'to_unit', 'Heatmaps', 'as_found', 'outputs_of', 'layer_name']
 
 # %% ../nbs/api/28_cam.ipynb #04ff5d86
+from functools import partial
+
 import torch
 from torch import nn
 
 from .maps import positive, to_unit, upsample
 from .heatmaps import Heatmaps
-from .layers import layer_name, conv_stages, last_stage
-from .explain import as_found, explain, inputs_of, outputs_of
+from .layers import layer_name
+from .explain import BatchMaps, as_found, explain, inputs_of, outputs_of, trace_of
 from fastai.learner import Learner
 
 _all_ = ['upsample', 'positive', 'to_unit', 'Heatmaps', 'as_found', 'outputs_of', 'layer_name'] # where they were in 0.1
@@ -25,33 +27,41 @@ def _near(a, b, tol): return a.shape == b.shape and (a-b).abs().max() <= tol*b.a
 def _pooled(act, head, given, scores, tol):
     "`act` or its ReLU, whichever has the head's input as its means. None: not pooling and one linear layer."
     if not given or not _near(head(given[-1]).float(), scores, tol): return None
-    return next((a for a in (act, act.relu()) if _near(a.mean((2, 3)), given[-1].float(), tol)), None)
+    return next((a for a in (act, act.relu()) if _near(a.flatten(2).mean(2), given[-1].float(), tol)), None)
 
 # %% ../nbs/api/28_cam.ipynb #cf0c746b
-def _cam_batch(c, xb, classes):
-    "Raw maps, scores and layer of one batch; `maps_of` for `explain`."
-    stages = conv_stages(c.model)
+def _last_layers(trace):
+    "Names of the layers (n, c, h, w) that are of the size of the last such one, the last first."
+    once = [name for name, seen in trace.seen.items() if name and seen.runs == 1]
+    grids = [name for name in once if [o.kind for o in trace.layouts(name)] == ['nchw']]
+    return [name for name in reversed(grids) if trace.seen[name].shape == trace.seen[grids[-1]].shape][:8]
+
+def _cam_batch(c, xb, first, classes):
+    "Raw maps of one batch, for `explain`."
+    names = _last_layers(trace_of(c, xb))
+    if not names: raise ValueError('No layer of this model returns a map (n, c, h, w). Pass a larger image.')
     head = next((m for m in reversed(list(c.model.modules())) if isinstance(m, nn.Linear)), None)
-    with torch.no_grad(), outputs_of(c.model, stages) as acts, inputs_of(head) as given: scores = c.scores(xb)
-    layer = last_stage(acts, stages)
+    with torch.no_grad(), outputs_of(c.model, names) as acts, inputs_of(head) as given: scores = c.scores(xb)
     tol = 1e-3 if xb.dtype == torch.float32 else 3e-2
-    act = _pooled(acts[layer].detach().float(), head, given, scores, tol)
+    pooled = ((name, _pooled(acts[name].detach().float(), head, given, scores, tol)) for name in names)
+    layer, act = next(((name, act) for name, act in pooled if act is not None), (None, None))
     if act is None:
         raise ValueError('CAM needs global average pooling and one linear layer right after the last convolutional '
-            f'stage, here {layer}; this model has another head. Use gradcam, which takes any.')
+            f'stage, here {names[0]}; this model has another head. Use gradcam, which takes any.')
     weight = head.weight.float()
     if len(weight) == 1: weight = torch.cat([-weight, weight])
-    chosen = c.positions(classes, len(weight))
-    return [torch.einsum('kc,ncij->nkij', weight[chosen], act)], scores, [layer]
+    asked = c.of_scores(scores, classes)
+    maps = torch.einsum('kc,nc...->nk...', weight[c.positions(classes, len(weight))], act)
+    return BatchMaps([maps], asked, [layer])
 
 # %% ../nbs/api/28_cam.ipynb #0fe81ae0
 def cam(
     learn_or_model:Learner|nn.Module, # Ends in global average pooling and one linear layer
-    items,                            # A path, a list of paths, or a batch (n, c, h, w) as the network takes it
+    items,                            # Path, folder, table, images, dataset, or a batch (n, c, h, w); see `as_batches`
     classes:str|int|list|None=None,   # Names or indices; None: all
     act=None,                         # From scores to probabilities; None: what `Classifier` takes
 ) -> Heatmaps:                        # One layer, the last convolutional stage; raw maps in units of the score
     """Class activation maps (Zhou et al. 2016) of all `classes` from one forward pass a batch.
 
     The mean of a map over its positions, plus the bias, is the class score. Raises ValueError for another head."""
-    return explain(learn_or_model, items, _cam_batch, 'cam', classes, act)
+    return explain(learn_or_model, items, partial(_cam_batch, classes=classes), 'cam', act)

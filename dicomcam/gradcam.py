@@ -8,58 +8,57 @@ Docs: https://dicomcam.github.io/dicomcam/api/gradcam.html.md"""
 __all__ = ['gradcam', 'METHODS', 'cam_method']
 
 # %% ../nbs/api/29_gradcam.ipynb #87a813fa
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch, torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointError
 
 from .heatmaps import Heatmaps, as_list
-from .layers import conv_stages, is_map, last_stage, layer_name
-from .explain import Classifier, explain, outputs_of, two_sided
+from .layers import layer_name
+from .classifier import Classifier
+from .explain import BatchMaps, default_layer, explain, explained, outputs_of, trace_of
 from .methods import METHODS, cam_method
 from fastai.learner import Learner
 
 _all_ = ['METHODS', 'cam_method'] # where they were in 0.1
 
-# %% ../nbs/api/29_gradcam.ipynb #37747e0b
-def _check_maps(outputs, names):
-    "Raise ValueError for a layer that did not run, or whose output is no map."
-    for name in names:
-        if name not in outputs:
-            raise ValueError(f'Layer {name} did not run in the forward pass, so there is nothing to show. '
-                'Name one that did.')
-        out = outputs[name]
-        if is_map(out): continue
-        got = f'shape {tuple(out.shape)}' if isinstance(out, torch.Tensor) else type(out).__name__
-        raise ValueError(f'Layer {name} has no spatial extent: it returns {got}, '
-            'wanted (n, c, h, w) of more than one position. Take an earlier layer.')
-
 # %% ../nbs/api/29_gradcam.ipynb #a2a10ce6
 class _Scale(torch.autograd.Function):
     "Batch norm in `eval` mode. Back goes the gradient times each channel's scale, rounded as torch does, and no more."
+    generate_vmap_rule = True # for ensembles that torch.func.vmap runs
+
     @staticmethod
-    def forward(ctx, x, mean, var, weight, bias, eps):
+    def forward(x, mean, var, weight, bias, eps): return F.batch_norm(x, mean, var, weight, bias, eps=eps)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, _, var, weight, _, eps = inputs
         exact = var if var.device.type == 'mps' else var.double() # as torch rounds it
         ctx.save_for_backward((exact+eps).rsqrt().to(var.dtype), weight)
-        return F.batch_norm(x, mean, var, weight, bias, eps=eps)
 
     @staticmethod
     def backward(ctx, g):
         scale, weight = ctx.saved_tensors
         per_channel = -1, *[1]*(g.ndim-2)
         res = g*scale.view(per_channel)
-        if weight is not None: res *= weight.view(per_channel)
+        if weight is not None: res = res*weight.view(per_channel)
         return res.to(g.dtype), None, None, None, None, None
 
 # %% ../nbs/api/29_gradcam.ipynb #13225b3c
+_FEW = 4 # images, for which torch's own batch norm is faster
+
 class _LeanNorm(TorchFunctionMode):
     "Inside, batch norms in `eval` mode go by `_Scale`, unless their weights come out of the network itself."
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is not F.batch_norm: return func(*args, **kwargs or {})
         def norm(x, mean, var, weight=None, bias=None, training=False, momentum=.1, eps=1e-5):
             computed = any(o is not None and not o.is_leaf for o in (mean, var, weight, bias))
-            if training or computed: return func(*args, **kwargs or {})
+            if training or computed or not x.requires_grad: return func(*args, **kwargs or {})
             return _Scale.apply(x, mean, var, *(o if o is None else o.detach() for o in (weight, bias)), eps)
         return norm(*args, **kwargs or {})
 
@@ -74,45 +73,83 @@ def _gradients(scores, acts, keep_graph):
     return [g if g is None else _wide(g)/scale for g in gs]
 
 # %% ../nbs/api/29_gradcam.ipynb #659370d4
-def _class_maps(score, acts, names, map_of, grad, keep_graph):
-    "Raw maps (n, h, w) at each layer of the class whose scores (n,) are given."
-    maps = []
-    for name, act, g in zip(names, acts, _gradients(score, acts, keep_graph)):
-        if grad and g is None:
-            raise ValueError(f'The scores do not depend on layer {name} in a way that autograd can follow. '
-                'Name a layer on the way to them.')
-        with torch.no_grad(), torch.autocast(act.device.type, enabled=False):
-            maps.append(map_of(_wide(act.detach()), g))
-    return maps
+def _flat(t): return t if t.ndim == 4 else t.flatten(2)[..., None] # volumes and signals as one row of positions
 
-def _gradcam_batch(c, xb, classes, layers, map_of, grad):
-    "Raw maps, scores and layers of one batch; `maps_of` for `explain`. `map_of` and `grad` are of `METHODS`."
-    hooked = layers or conv_stages(c.model)
-    with torch.set_grad_enabled(grad), outputs_of(c.model, hooked) as outputs, _LeanNorm(): scores = c.scores(xb)
-    names = layers or [last_stage(outputs, hooked)]
-    _check_maps(outputs, names)
-    acts, by_class = [outputs[o] for o in names], two_sided(scores)
-    chosen = c.positions(classes, by_class.shape[1])
-    maps = [_class_maps(by_class[:, k], acts, names, map_of, grad, keep_graph=n < len(chosen))
-        for n, k in enumerate(chosen, 1)]
-    return [torch.stack([o[j] for o in maps], 1) for j, _ in enumerate(names)], scores, names
+def _method_map(map_of, act, g):
+    "The raw map (n, *grid) that a method makes of activation and gradient (n, c, *grid)."
+    with torch.no_grad(), torch.autocast(act.device.type, enabled=False):
+        m = map_of(_flat(act), g if g is None else _flat(g))
+    return m.reshape(len(act), *act.shape[2:])
+
+@dataclass
+class _GradCam:
+    "Raw maps of one batch, for `explained`."
+    names:list          # Layers; empty: the last one with positions
+    map_of:Callable     # Of `METHODS`
+    grad:bool           # Does it use the gradient?
+    classes:Any=None    # As for `gradcam`, and so the rest
+    target:Any=None
+    layout:Any=None
+    lean:bool=True      # Use `_LeanNorm`?
+
+    def __call__(self, c, xb, first):
+        if not self.names: self.names = [default_layer(c, xb, self.target)]
+        layouts = [self.layout if callable(self.layout) else trace_of(c, xb).layout(o, self.layout) for o in self.names]
+        lean = _LeanNorm() if self.lean and self.grad and len(xb) >= _FEW else nullcontext()
+        with torch.set_grad_enabled(self.grad), outputs_of(c.model, self.names) as outputs, lean:
+            asked = c.asked(xb, self.classes, self.target, first)
+        acts = [self._checked(outputs, o, len(xb)) for o in self.names]
+        try: maps = [self._maps(score, acts, layouts, score is not asked.scores[-1]) for score in asked.scores]
+        except CheckpointError: # the network runs parts of itself again on the way back
+            if not self.lean: raise
+            self.lean = False
+            return self(c, xb, first)
+        return BatchMaps([torch.stack(o, 1) for o in zip(*maps)], asked, self.names)
+
+    def _checked(self, outputs, name, n):
+        "What the layer returned. Raises ValueError where that cannot be explained."
+        out = outputs.get(name)
+        if out is None: raise ValueError(f'Layer {name} did not run in the forward pass. Name one that did.')
+        if not isinstance(out, Tensor) or not out.is_floating_point():
+            what = out.dtype if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(f'Layer {name} returns {what}, which has no gradient. A quantised model has none: '
+                'explain the model that it was made of.')
+        if len(out) != n: raise ValueError(f'Layer {name} returns {len(out)} rows for {n} images. Name another.')
+        return out
+
+    def _maps(self, score, acts, layouts, keep_graph):
+        "Raw maps at each layer of one target, whose scores (n,) are given."
+        maps = []
+        for name, act, layout, g in zip(self.names, acts, layouts, _gradients(score, acts, keep_graph)):
+            if self.grad and g is None:
+                raise ValueError(f'The scores do not depend on layer {name} in a way that autograd can follow. '
+                    'Name a layer on the way to them.')
+            maps.append(_method_map(self.map_of, layout(_wide(act.detach())), g if g is None else layout(g)))
+        return maps
 
 # %% ../nbs/api/29_gradcam.ipynb #dbfc6d78
 def gradcam(
-    learn_or_model:Learner|nn.Module, # Any classifier with a convolution
-    items,                            # A path, a list of paths, or a batch (n, c, h, w) as the network takes it
+    learn_or_model:Learner|nn.Module, # Any network whose layers have positions
+    items,                            # Path, folder, table, images, dataset, or a batch (n, c, h, w); see `as_batches`
     classes:str|int|list|None=None,   # Names or indices; None: all
-    layers=None,                      # Modules, names or indices (as in `model[-6]`), one or several; None: last stage
+    layers=None,                      # Modules, names or indices (as in `model[-6]`), one or several; None: the last
     method:str='gradcam',             # A name in `METHODS`
     act=None,                         # From scores to probabilities; None: what `Classifier` takes
-) -> Heatmaps:                        # Raw maps at each layer's own size
+    target=None,                      # In place of classes: 'predicted', a class an image, or a function of the output
+    output=None,                      # Key of the scores in what the model returns, if that is a dict or tuple
+    layout=None,                      # 'nchw', 'nhwc', 'tokens', or a function to (n, c, h, w); None: found out
+    batches:bool=False,               # An iterator over `Heatmaps` of a batch each, for any number of images?
+) -> Heatmaps|Iterator[Heatmaps]:     # Raw maps at each layer's own size
     """Raw maps of all `classes` at all `layers`: one forward pass a batch, and one pass back a class.
 
-    Gradients are of the class score before softmax, with respect to the layers' outputs only. Raises ValueError for an
-    unknown method, layer or class, and for a layer whose output has no positions or no influence on the scores."""
+    Gradients are of the class score before softmax, with respect to the layers' outputs only. The layer that is taken
+    by itself is the last one with positions on which the score depends. Volumes (n, c, d, h, w) and signals (n, c, l)
+    have maps of their own axes. Raises ValueError for an unknown method, layer or class, and for a layer whose output
+    has no positions, could be read in several ways, or has no influence on the scores."""
     if method not in METHODS: raise ValueError(f'No method {method!r}; there are {", ".join(METHODS)}.')
+    if classes is not None and target is not None: raise ValueError('Pass classes or a target, not both.')
     asked = [] if layers is None else as_list(layers)
     names = [layer_name(Classifier(learn_or_model).model, o) for o in asked]
     map_of, grad = METHODS[method]
-    maps_of = partial(_gradcam_batch, layers=names, map_of=map_of, grad=grad)
-    return explain(learn_or_model, items, maps_of, method, classes, act, asked)
+    maps_of = _GradCam(names, map_of, grad, classes, target, layout)
+    return (explained if batches else explain)(learn_or_model, items, maps_of, method, act, output, asked)
