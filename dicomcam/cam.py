@@ -16,7 +16,7 @@ from torch import nn
 from .maps import positive, to_unit, upsample
 from .heatmaps import Heatmaps
 from .layers import layer_name
-from .explain import BatchMaps, as_found, explain, inputs_of, outputs_of, trace_of
+from .explain import RawMaps, as_found, explain, inputs_of, outputs_of, trace_of
 from fastai.learner import Learner
 
 _all_ = ['upsample', 'positive', 'to_unit', 'Heatmaps', 'as_found', 'outputs_of', 'layer_name'] # where they were in 0.1
@@ -52,7 +52,7 @@ def _cam_batch(c, xb, first, classes):
     if len(weight) == 1: weight = torch.cat([-weight, weight])
     asked = c.of_scores(scores, classes)
     maps = torch.einsum('kc,nc...->nk...', weight[c.positions(classes, len(weight))], act)
-    return BatchMaps([maps], asked, [layer])
+    return RawMaps([maps], asked, [layer])
 
 # %% ../nbs/api/28_cam.ipynb #0fe81ae0
 def cam(

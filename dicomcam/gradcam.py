@@ -21,7 +21,7 @@ from torch.utils.checkpoint import CheckpointError
 from .heatmaps import Heatmaps, as_list
 from .layers import layer_name
 from .classifier import Classifier
-from .explain import BatchMaps, default_layer, explain, explained, outputs_of, trace_of
+from .explain import RawMaps, own_layer, explain, explained, outputs_of, trace_of
 from .methods import METHODS, cam_method
 from fastai.learner import Learner
 
@@ -93,7 +93,7 @@ class _GradCam:
     lean:bool=True      # Use `_LeanNorm`?
 
     def __call__(self, c, xb, first):
-        if not self.names: self.names = [default_layer(c, xb, self.target)]
+        if not self.names: self.names = [own_layer(c, xb, self.target)]
         layouts = [self.layout if callable(self.layout) else trace_of(c, xb).layout(o, self.layout) for o in self.names]
         lean = _LeanNorm() if self.lean and self.grad and len(xb) >= _FEW else nullcontext()
         with torch.set_grad_enabled(self.grad), outputs_of(c.model, self.names) as outputs, lean:
@@ -104,7 +104,7 @@ class _GradCam:
             if not self.lean: raise
             self.lean = False
             return self(c, xb, first)
-        return BatchMaps([torch.stack(o, 1) for o in zip(*maps)], asked, self.names)
+        return RawMaps([torch.stack(o, 1) for o in zip(*maps)], asked, self.names)
 
     def _checked(self, outputs, name, n):
         "What the layer returned. Raises ValueError where that cannot be explained."

@@ -243,7 +243,7 @@ def _title(h, i, k, layer):
     if k is not None: return f'{h.classes[k]} {h.probs[i, k]:.2f}, layer {h.layers[layer]}'
     return 'image' if h.items is None else Path(h.items[i]).name
 
-# %% ../nbs/api/25_heatmaps.ipynb #252e588e
+# %% ../nbs/api/25_heatmaps.ipynb #3bd1d5d4
 def joined(
     parts:Sequence[Heatmaps], # Of the same model and layers, batch by batch
 ) -> Heatmaps:

@@ -142,9 +142,11 @@ def _outputs(trace, score, x):
     "Outputs of all layers that have positions, each with its gradient or None."
     outputs: dict[str, Tensor] = {}
     def keep(name, module, inp, out): outputs[name] = single(out)
+    places = {name: trace.model.get_submodule(name) for name in trace.places()}
+    stream = {name: module for name, module in places.items() if not isinstance(module, nn.Linear)}
     with torch.enable_grad(), ExitStack() as hooks:
-        for name in trace.places():
-            hooks.enter_context(trace.model.get_submodule(name).register_forward_hook(partial(keep, name)))
+        for name, module in (stream or places).items():
+            hooks.enter_context(module.register_forward_hook(partial(keep, name)))
         total = score(x.requires_grad_().clone()).sum()
         followed = {name: out for name, out in outputs.items() if out.requires_grad}
         if not (total.requires_grad and followed): return []
@@ -163,8 +165,8 @@ def last_place(
         channels = layout.channels(trace.seen[name].shape or ())
         width = width or channels
         if gradient is not None and channels == width and layout(gradient).any(): return name
-    raise ValueError('No layer of this model has positions on which the scores depend. '
-        'Pass a larger image, or name a layer and its layout: layers=..., layout=....')
+    raise ValueError('The scores depend on no layer that has positions. Pass a larger image, name a layer and its layout '
+        '(layers=, layout=), or train the model first: a last layer of zeros depends on nothing.')
 
 # %% ../nbs/api/26_layers.ipynb #layc0005
 def last_stages(
