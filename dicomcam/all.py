@@ -11,6 +11,7 @@ from dicomcam.dicom import *
 from dicomcam.pil import *
 from dicomcam.train import *
 from dicomcam.interpret import *
+from dicomcam.planes import *
 from dicomcam.heatmaps import *
 from dicomcam.layouts import *
 from dicomcam.layers import *

@@ -7,7 +7,7 @@ Docs: https://dicomcam.github.io/dicomcam/api/classifier.html.md"""
 # %% auto #0
 __all__ = ['two_sided', 'Asked', 'unwrapped', 'Classifier']
 
-# %% ../nbs/api/26c_classifier.ipynb #43de89ac
+# %% ../nbs/api/26c_classifier.ipynb #fc9977ab
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -26,14 +26,14 @@ from torch.overrides import TorchFunctionMode
 from .heatmaps import as_list, find_class
 from .items import as_batches
 
-# %% ../nbs/api/26c_classifier.ipynb #3b19baaa
+# %% ../nbs/api/26c_classifier.ipynb #3e42e05c
 def two_sided(
     scores:Tensor, # (n, classes)
 ) -> Tensor:       # (n, classes), or (n, 2) of a single logit
     "A single logit z, (n, 1), becomes the scores -z and z of the two classes that it tells apart."
     return torch.cat([-scores, scores], 1) if scores.shape[1] == 1 else scores
 
-# %% ../nbs/api/26c_classifier.ipynb #ea2558a3
+# %% ../nbs/api/26c_classifier.ipynb #6fa935f6
 def _same(scores): return scores
 
 _softmax = partial(torch.softmax, dim=-1)
@@ -66,7 +66,7 @@ class _Final(TorchFunctionMode):
         "From `out` to probabilities; None: it is what none of them returned, nor another shape of that."
         return self.of_result if self.result is not None and any(o is self.result for o in (out, out._base)) else None
 
-# %% ../nbs/api/26c_classifier.ipynb #b2ea9b6f
+# %% ../nbs/api/26c_classifier.ipynb #d61f5d03
 @dataclass
 class Asked:
     "What is explained of a batch."
@@ -77,7 +77,7 @@ class Asked:
 
 def _gathered(table, columns): return table.gather(1, columns[:, None])[:, 0]
 
-# %% ../nbs/api/26c_classifier.ipynb #56e315a9
+# %% ../nbs/api/26c_classifier.ipynb #f02301ac
 _WRAPPERS = nn.DataParallel, nn.parallel.DistributedDataParallel
 
 def unwrapped(
@@ -104,11 +104,16 @@ class _Model:
         self.output = output
         self.vocab = nested_attr(self.learn, 'dls.vocab')
 
+    @property
+    def like(self) -> Tensor:
+        "A weight, whose device and dtype a batch has to have; for a network without weights those of `torch.empty`."
+        weights = chain(self.model.parameters(), self.model.buffers())
+        return next((o for o in weights if o.is_floating_point()), torch.empty(0))
+
     def batches(self, items) -> tuple[list[Path]|None, Iterator[Tensor]]:
         "The files (None for a batch) and an iterator over batches, of the model's device and dtype."
         files, batches = as_batches(items, self.learn)
-        weights = chain(self.model.parameters(), self.model.buffers())
-        like = next((o for o in weights if o.is_floating_point()), torch.empty(0))
+        like = self.like
         return files, (x.as_subclass(Tensor).detach().to(like.device, like.dtype, copy=True) for x in batches)
 
     def run(self, xb:Tensor) -> Any:
@@ -158,7 +163,7 @@ def _words(out):
     if isinstance(out, (tuple, list)): return f'a {type(out).__name__} of {len(out)}'
     return type(out).__name__
 
-# %% ../nbs/api/26c_classifier.ipynb #0bf8aeff
+# %% ../nbs/api/26c_classifier.ipynb #7bfe71b4
 class Classifier(_Model):
     "A fastai Learner or an `nn.Module`, and what is asked of it: batches, scores, probabilities, names of classes."
     def names(self, k:int) -> list:

@@ -96,7 +96,7 @@ def inputs_of(
     hook = nullcontext() if module is None else module.register_forward_pre_hook(keep)
     with hook: yield given
 
-# %% ../nbs/api/27_explain.ipynb #c6681265
+# %% ../nbs/api/27_explain.ipynb #1de55b38
 _traces: WeakKeyDictionary = WeakKeyDictionary() # model -> what is remembered of it, by key
 
 def _remembered(model, key, make):

@@ -8,6 +8,7 @@ Docs: https://dicomcam.github.io/dicomcam/api/faithful.html.md"""
 __all__ = ['steps_between', 'deletion', 'insertion', 'randomized', 'randomization']
 
 # %% ../nbs/api/31_faithful.ipynb #65f09841
+import math
 from collections.abc import Iterator
 
 import numpy as np, pandas as pd, torch
@@ -19,7 +20,8 @@ from torchvision.transforms.functional import gaussian_blur
 from .intervals import mean_interval
 from .maps import positive
 from .heatmaps import Heatmaps
-from .explain import Classifier, as_found
+from .classifier import Classifier
+from .explain import as_found
 from .gradcam import gradcam
 from .localize import baselines, beside_baselines
 from fastai.torch_core import no_random, to_np
@@ -46,7 +48,7 @@ def steps_between(
     at_random = np.random.default_rng(0).random(heat.size)
     order = torch.as_tensor(np.lexsort((at_random, -heat.ravel())))
     rank = order.argsort()/heat.size
-    share = torch.linspace(0, 1, steps+1)[:, None, None, None]
+    share = torch.linspace(0, 1, steps+1).view(-1, *[1]*start.ndim)
     return torch.where(rank.view(heat.shape) < share, end, start)
 
 # %% ../nbs/api/31_faithful.ipynb #4faa13f7
@@ -54,7 +56,6 @@ def _area(insert, learn_or_model, h, cls, layer, steps, fill, act):
     "Mean area under the score's curve, and interval, for each map and the baselines."
     if fill not in _FILLS: raise ValueError(f'No fill {fill!r}; there are {", ".join(_FILLS)}.')
     c = Classifier(learn_or_model, act)
-    like = next(c.model.parameters())
     k = h.cls(0, cls)
     maps = {(o.method, o.layers[j]): positive(o.maps[:, k, j]) for o, j in beside_baselines(h, layer)}
     areas = {o: [] for o in maps}
@@ -63,7 +64,7 @@ def _area(insert, learn_or_model, h, cls, layer, steps, fill, act):
             filled = _FILLS[fill](image[None])[0]
             start, end = (filled, image) if insert else (image, filled)
             for o, m in maps.items():
-                films = steps_between(start, end, to_np(m[i]), steps).to(like.device, like.dtype)
+                films = steps_between(start, end, to_np(m[i]), steps).to(c.like.device, c.like.dtype)
                 probs = c.probs(c.scores(films)).float().cpu()
                 column, = c.positions([h.classes[k]], probs.shape[1])
                 areas[o].append(torch.trapezoid(probs[:, column], dx=1/steps).item())
@@ -101,14 +102,16 @@ def insertion(
 
 # %% ../nbs/api/31_faithful.ipynb #6d4f91a9
 def _redraw(module):
-    "Weights from a normal distribution as wide as their own; no biases; normalisation as at the start."
+    """Weights from a normal distribution as wide as their own; no biases; normalisation as at the start; other scales
+    (of an RMS norm, of a LayerScale) in another order."""
     for m in module.modules():
         if isinstance(m, (_NormBase, nn.GroupNorm, nn.LayerNorm)):
             m.reset_parameters()
             continue
-        for p in m.parameters(recurse=False):
+        for name, p in m.named_parameters(recurse=False):
             if p.ndim > 1: p.data = torch.randn_like(p)*p.pow(2).mean().sqrt()
-            else: p.data = torch.zeros_like(p)
+            elif name.endswith('bias'): p.data = torch.zeros_like(p)
+            else: p.data = p.data[torch.randperm(len(p), device=p.device)] # zeros would silence the network
 
 def randomized(
     learn_or_model, # Learner or `nn.Module`: its children are drawn anew one by one, from the last to the first
@@ -128,14 +131,14 @@ def randomized(
 
 # %% ../nbs/api/31_faithful.ipynb #b603bfb4
 def _correlation(a, b):
-    "Rank correlation of two maps; a constant map is like no other."
-    if np.ptp(a) == 0 or np.ptp(b) == 0: return 0.
+    "Rank correlation of two maps; NaN, if one of them is constant: it says nothing."
+    if np.ptp(a) == 0 or np.ptp(b) == 0: return math.nan
     return spearmanr(a.ravel(), b.ravel()).statistic
 
 def _alike(a, b):
-    "Mean rank correlation of raw maps (n, h, w), its interval, and n."
-    rs = [_correlation(p, q) for p, q in zip(to_np(a), to_np(b))]
-    return *mean_interval(rs), len(rs)
+    "Mean rank correlation of raw maps (n, *grid), its interval, and of how many: those that are not constant."
+    rs = [r for r in map(_correlation, to_np(a), to_np(b)) if not math.isnan(r)]
+    return (*mean_interval(rs), len(rs)) if rs else (math.nan, math.nan, math.nan, 0)
 
 def randomization(
     learn_or_model,        # Learner or `nn.Module`: what is to be explained

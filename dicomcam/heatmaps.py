@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .read import DicomError, read_dicom
 from .pixels import dicom_pixels
 from .view import Placement, View
+from .planes import show_planes, show_signal
 from .maps import positive, to_unit, upsample
 
 # %% ../nbs/api/25_heatmaps.ipynb #47103540
@@ -141,8 +142,10 @@ class _NativeMaps(_RawMaps):
         layer=None,      # Layer; None: the last
     ) -> Tensor:   # float32, (rows, columns)
         "The raw map on the rows x columns of the original image; zero where the network saw nothing."
+        raw = self.raw[self.layer(layer)][i, self.cls(i, cls)]
+        if self.images.ndim != 4: return upsample(raw, self.images.shape[2:]) # no rows x columns
         rows, cols, *_ = self.where(i)
-        return self.view.back(self.raw[self.layer(layer)][i, self.cls(i, cls)], rows, cols)
+        return self.view.back(raw, rows, cols)
 
     def heat(self,
         i:int,           # Number of the image
@@ -152,8 +155,8 @@ class _NativeMaps(_RawMaps):
     ) -> np.ndarray:     # float32, (rows, columns), in [0, 1]
         "What a picture shows of a map: what speaks for the class, as a share of the map's maximum."
         if native: raw = self.native(i, cls, layer)
-        else: raw = upsample(self.raw[self.layer(layer)][i, self.cls(i, cls)], self.images.shape[-2:])
-        return to_np(to_unit(positive(raw)))
+        else: raw = upsample(self.raw[self.layer(layer)][i, self.cls(i, cls)], self.images.shape[2:])
+        return to_np(to_unit(positive(raw), raw.ndim))
 
     def boxes(self,
         i:int,           # Number of the image
@@ -192,6 +195,14 @@ class Heatmaps(_NativeMaps):
         x = (x-x.min())/(x.max()-x.min()).clamp(min=1e-8) if self.items is None else x.clamp(0, 1)
         return to_np(x.permute(1, 2, 0) if len(x) == 3 else x[0])
 
+    def _show_other(self, i, classes, layers, cmap):
+        "Of a volume three planes a map, of a signal its line."
+        heats = [self.heat(i, k, self.layers[o]) for o in layers for k in classes]
+        titles = [_title(self, i, k, o) for o in layers for k in classes]
+        x = to_np(self.images[i].float().mean(0))
+        if x.ndim == 1: return show_signal(x, heats, titles, cmap)
+        return show_planes((x-x.min())/(np.ptp(x) or 1), heats, titles, cmap=cmap)
+
     def show(self,
         i:int=0,             # Number of the image
         classes=None,        # Classes; None: all
@@ -205,6 +216,7 @@ class Heatmaps(_NativeMaps):
         "Image `i` beside an overlay for each class, a row for each layer."
         classes = [self.cls(i, o) for o in (self.classes if classes is None else as_list(classes))]
         layers = [self.layer(o) for o in (self.layers if layers is None else as_list(layers))]
+        if self.images.ndim != 4: return self._show_other(i, classes, layers, cmap)
         rows, cols, _, seen = self.where(i)
         x, y, width, height = (0, 0, cols, rows) if native else seen
         image, extent = self.picture(i, native), (x, x+width, y+height, y)
@@ -243,7 +255,7 @@ def _title(h, i, k, layer):
     if k is not None: return f'{h.classes[k]} {h.probs[i, k]:.2f}, layer {h.layers[layer]}'
     return 'image' if h.items is None else Path(h.items[i]).name
 
-# %% ../nbs/api/25_heatmaps.ipynb #3bd1d5d4
+# %% ../nbs/api/25_heatmaps.ipynb #32d5bf23
 def joined(
     parts:Sequence[Heatmaps], # Of the same model and layers, batch by batch
 ) -> Heatmaps:

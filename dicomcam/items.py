@@ -7,7 +7,7 @@ Docs: https://dicomcam.github.io/dicomcam/api/items.html.md"""
 # %% auto #0
 __all__ = ['check_batch', 'as_batches']
 
-# %% ../nbs/api/26b_items.ipynb #4187af6c
+# %% ../nbs/api/26b_items.ipynb #19a726f1
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from torch.utils import data
 from .summary import find_dicoms
 from .heatmaps import as_list
 
-# %% ../nbs/api/26b_items.ipynb #8b23bc0f
+# %% ../nbs/api/26b_items.ipynb #d73c5324
 def check_batch(
     x:Tensor, # What may be a batch
 ) -> Tensor:  # The same
@@ -33,7 +33,7 @@ def check_batch(
     raise ValueError(f'A batch is floating-point and (n, c, h, w), not {x.dtype} of shape {tuple(x.shape)}. '
         'One image becomes a batch by x[None].')
 
-# %% ../nbs/api/26b_items.ipynb #bda634ba
+# %% ../nbs/api/26b_items.ipynb #fcc90983
 _IN_MEMORY = np.ndarray, Image.Image, Dataset, bytes # one image
 
 def _listed(items):
@@ -56,7 +56,7 @@ def _checked(items):
     if 0 < len(files) < len(items): raise ValueError('Files beside images in memory: pass one or the other.')
     return files or items
 
-# %% ../nbs/api/26b_items.ipynb #5af0ea0a
+# %% ../nbs/api/26b_items.ipynb #1605a64c
 def _first(batch): return batch[0] if isinstance(batch, (tuple, list)) else batch # without its labels
 
 def _is_batch(items, learn):

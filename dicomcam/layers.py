@@ -72,7 +72,8 @@ def _width(layer):
 _FIRST = nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm # their channels come first
 
 class Trace:
-    "What all layers of a model did as one image went through it."
+    """What all layers of a model did as one image went through it. Tokens of a network that has shuffled them (the
+    `Unroll` of Hiera) have no readable places."""
     def __init__(self,
         model:nn.Module, # In evaluation mode
         run:Callable,    # What runs it on a batch
@@ -80,6 +81,7 @@ class Trace:
     ):
         self.model, self.image, self.prefixes = model, tuple(x.shape[2:]), prefixes_of(model)
         self.names = {module: name for name, module in model.named_modules()}
+        self.shuffled = any(type(module).__name__ == 'Unroll' for module in self.names)
         self.seen: dict[str, Seen] = {} # in the order in which layers end
         self.width, self.last, self.tokens = None, False, set() # so far
         with torch.enable_grad(), ExitStack() as hooks: # with a gradient, as later: some layers go another way without
@@ -107,7 +109,8 @@ class Trace:
         "What the layer's output can be read as."
         seen = self.seen.get(self.names[self.model.get_submodule(name)], Seen())
         if kind: return told(kind, seen, self.image, self.prefixes)
-        return readings(seen, self.image, self.prefixes)
+        found = readings(seen, self.image, self.prefixes)
+        return [o for o in found if o.kind == 'nchw'] if self.shuffled else found
 
     def layout(self,
         name:str,         # Of a layer
@@ -165,8 +168,8 @@ def last_place(
         channels = layout.channels(trace.seen[name].shape or ())
         width = width or channels
         if gradient is not None and channels == width and layout(gradient).any(): return name
-    raise ValueError('The scores depend on no layer that has positions. Pass a larger image, name a layer and its layout '
-        '(layers=, layout=), or train the model first: a last layer of zeros depends on nothing.')
+    raise ValueError('The scores depend on no layer that has positions. Pass a larger image, name a layer and its '
+        'layout (layers=, layout=), or train the model first: a last layer of zeros depends on nothing.')
 
 # %% ../nbs/api/26_layers.ipynb #layc0005
 def last_stages(

@@ -7,14 +7,14 @@ Docs: https://dicomcam.github.io/dicomcam/api/layouts.html.md"""
 # %% auto #0
 __all__ = ['KINDS', 'Layout', 'fits', 'token_grids', 'Seen', 'readings', 'prefixes_of', 'told']
 
-# %% ../nbs/api/25b_layouts.ipynb #29b567e5
+# %% ../nbs/api/25b_layouts.ipynb #95388f75
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-# %% ../nbs/api/25b_layouts.ipynb #cb593f78
+# %% ../nbs/api/25b_layouts.ipynb #7e7980b7
 @dataclass(frozen=True)
 class Layout:
     "Where the positions are in a layer's output."
@@ -37,7 +37,7 @@ class Layout:
         "How many there are."
         return shape[-1] if self.kind in ('nhwc', 'tokens') else shape[1]
 
-# %% ../nbs/api/25b_layouts.ipynb #9a727e00
+# %% ../nbs/api/25b_layouts.ipynb #7e85235b
 def fits(
     grid:Sequence[int],  # Positions along each axis
     image:Sequence[int], # Pixels along each axis
@@ -57,7 +57,7 @@ def token_grids(
         return [(first, *rest) for first in range(1, n+1) if n%first == 0 for rest in split(n//first, axes-1)]
     return [grid for grid in split(n, len(image)) if fits(grid, image)]
 
-# %% ../nbs/api/25b_layouts.ipynb #397ef6ac
+# %% ../nbs/api/25b_layouts.ipynb #2de28e06
 @dataclass
 class Seen:
     "A layer, as one image went through the network."
@@ -100,7 +100,7 @@ def readings(
     if len(seen.shape) == len(image)+2: return _as_grid(seen, image)
     return _as_tokens(seen, image, prefixes) if len(seen.shape) == 3 else []
 
-# %% ../nbs/api/25b_layouts.ipynb #2859863d
+# %% ../nbs/api/25b_layouts.ipynb #4fd269b2
 def prefixes_of(
     model:nn.Module, # Any
 ) -> tuple:          # Numbers of tokens
@@ -109,7 +109,7 @@ def prefixes_of(
     n = next((o for o in said if isinstance(o, int)), 1)
     return 0, n
 
-# %% ../nbs/api/25b_layouts.ipynb #e0bbbc96
+# %% ../nbs/api/25b_layouts.ipynb #e31e6045
 KINDS = 'nchw', 'nhwc', 'tokens'
 
 def told(

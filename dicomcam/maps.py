@@ -14,13 +14,14 @@ from torch.nn import functional as F
 # %% ../nbs/05_cam.ipynb #ce740e6f
 def upsample(
     maps:torch.Tensor, # Raw maps, (..., h, w)
-    size:tuple,        # (rows, columns) wanted
+    size:tuple,        # (rows, columns) wanted; three sides for volumes, one for signals
 ) -> torch.Tensor:     # float32, (..., rows, columns)
     "`maps` at `size`, bilinear, `align_corners=False`."
-    *others, h, w = maps.shape
-    one_batch = maps.float().reshape(1, -1, h, w)
-    new = F.interpolate(one_batch, size, mode='bilinear', align_corners=False)
-    return new.reshape(*others, *size)
+    axes = len(size)
+    one_batch = maps.float().reshape(1, -1, *maps.shape[-axes:])
+    mode = ('linear', 'bilinear', 'trilinear')[axes-1]
+    new = F.interpolate(one_batch, size, mode=mode, align_corners=False)
+    return new.reshape(*maps.shape[:-axes], *size)
 
 # %% ../nbs/05_cam.ipynb #9855e61d
 def positive(
@@ -32,9 +33,10 @@ def positive(
 # %% ../nbs/05_cam.ipynb #7550c926
 def to_unit(
     maps:torch.Tensor, # (..., h, w)
+    axes:int=2,        # How many of the last axes are one map: 3 for volumes
 ) -> torch.Tensor:     # float32, (..., h, w), each map in [0, 1]
     "Each map stretched to [0, 1] for display; a map that is constant up to rounding becomes zeros."
-    m = maps.float()
-    lo, hi = m.amin((-2, -1), keepdim=True), m.amax((-2, -1), keepdim=True)
+    m, dims = maps.float(), tuple(range(-axes, 0))
+    lo, hi = m.amin(dims, keepdim=True), m.amax(dims, keepdim=True)
     flat = hi-lo <= 1e-5*torch.maximum(lo.abs(), hi.abs())
     return torch.where(flat, 0., (m-lo)/torch.where(flat, 1., hi-lo))
