@@ -290,6 +290,7 @@ def _end(seconds):
 @contextmanager
 def _limited(seconds):
     "As much of both as there is here."
+    seconds = min(seconds, 10**6) # timers take no infinity
     main = threading.current_thread() is threading.main_thread() and hasattr(signal, 'setitimer')
     worker = isinstance(current_process(), LokyProcess)
     with _end(2*seconds) if worker else nullcontext(), _alarm(seconds) if main else nullcontext(): yield

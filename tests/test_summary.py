@@ -117,6 +117,18 @@ def test_long_values():
     assert row['RedPaletteColorLookupTableData']=='1000 bytes' and len(row['AdditionalPatientHistory'])==10_000
     assert json.loads(row['GridFrameOffsetVector'])==list(range(500)) and 'GridFrameOffsetVector1' not in row
 
+def test_wide_and_long(tmp_path, monkeypatch):
+    "A header of very many elements is cut, and the row says so; of a long sequence no more items are looked at than a cell holds; a time limit may be infinite"
+    ds = dataset(Modality='CR')
+    for i in range(6000): ds.add_new(0x00200000+0x4000+i, 'CS', 'X')
+    ds.save_as(tmp_path/'a.dcm', enforce_file_format=True)
+    df = summarize([tmp_path/'a.dcm', IMAGES[0]], pixels=False, n_jobs=1, progress=False, time_limit=math.inf)
+    assert summary.MAX_CELLS<=len(df.columns)<6000 and 'the rest of the header is too long' in df.error[0] and df.error.isna()[1] and df.Modality[0]=='CR'
+    header, seen = summary._header, []
+    monkeypatch.setattr(summary, '_header', lambda *args: seen.append(1) or header(*args))
+    row, problems = header_row(dataset(ReferencedImageSequence=Sequence([Dataset() for _ in range(50_000)])))
+    assert row['ReferencedImageSequence']=='50000 items' and not problems and len(seen)<5000
+
 
 # --- identifying attributes ---
 
