@@ -99,7 +99,10 @@ def train_learner(
     if not len(learn.dls.train):
         raise ValueError(f'{len(learn.dls.train_ds)} images to train on make no batch of {learn.dls.bs}. '
             'Ask for a smaller one, bs=1 to bs=8 say, or add images.')
-    learn.fit_flat_cos(epochs, lr, cbs=cbs)
+    try: learn.fit_flat_cos(epochs, lr, cbs=cbs)
+    except ValueError: # of scikit-learn's metrics, which take no NaN
+        _check_trained(learn, lr)
+        raise
     _check_trained(learn, lr)
     return learn
 

@@ -1,5 +1,6 @@
 "Model files and checkpoints of strangers: refused in one line, before anything is built, whatever they claim."
 import ast, copy, json, random, shutil, subprocess, sys, zipfile
+from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
 from fastai.callback.core import Callback
@@ -341,3 +342,71 @@ def test_checkpoints_that_unfold(broken_off, tmp_path, bomb):
             new.writestr(part.filename, data, zipfile.ZIP_DEFLATED if bomb == 'deflated' and '/data/' in part.filename else None)
     if bomb == 'no archive': fn.write_bytes(b'PK\x03\x04 no archive')
     with pytest.raises(ValueError, match='not a checkpoint'): Checkpoint(fn, resume=True)
+
+# --- trainings that must not end as if all were well ---
+
+def quick(monkeypatch): monkeypatch.setattr('dicomcam.training.dicom_learner', lambda dls, *a, **kw: make_tiny(dls))
+
+def test_a_training_that_diverged_is_an_error(folder, monkeypatch):
+    quick(monkeypatch)
+    with pytest.raises(ValueError, match='^The training diverged.* smaller learning rate than 1e.30'):
+        train_learner(folder, arch='xresnet18', size=32, bs=8, epochs=1, lr=1e30)
+
+class Nan(Callback):
+    "As where mixed precision leaves out a step: the loss is NaN once, the weights are sound"
+    def after_loss(self):
+        if self.training and self.iter == 0: self.learn.loss = self.learn.loss*torch.nan # what is shown; not `loss_grad`, of which the step is made
+
+def test_a_loss_that_was_no_number_is_said(folder, monkeypatch):
+    def learner(dls, *a, **kw):
+        learn = make_tiny(dls)
+        learn.add_cb(Nan())
+        return learn
+    monkeypatch.setattr('dicomcam.training.dicom_learner', learner)
+    with pytest.warns(UserWarning, match='loss was not a number'): train_learner(folder, arch='xresnet18', size=32, bs=8, epochs=1, lr=1e-3)
+
+def test_no_batch_is_no_training(folder, monkeypatch):
+    "However it comes about that the training side makes no batch"
+    def none(dls, *a, **kw):
+        dls.train.bs = 1000
+        return make_tiny(dls)
+    monkeypatch.setattr('dicomcam.training.dicom_learner', none)
+    with pytest.raises(ValueError, match='images to train on make no batch of 1000'):
+        train_learner(folder, arch='xresnet18', size=32, bs=8, epochs=1, lr=1e-3)
+
+# --- a full disk ---
+
+FULL = '''import sys, warnings
+from pathlib import Path
+import torch
+sys.path.insert(0, sys.argv[3])
+from dicomcam.train import Checkpoint, dicom_dls, dicom_learner, save_model
+from tiny import make_tiny
+dls = dicom_dls(sys.argv[1], size=32, bs=8, cache=False)
+learn, large = make_tiny(dls), dicom_learner(dls, 'xresnet18')
+full = Path(sys.argv[2])
+warnings.simplefilter('always')
+with warnings.catch_warnings(record=True) as said, learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Checkpoint(full/'state.pt'))
+assert not [o for o in said if 'checkpoint' in str(o.message)]
+before = torch.load(full/'state.pt', weights_only=True)['epoch']
+large.model.train()
+with warnings.catch_warnings(record=True) as said, large.no_bar(), large.no_logging(): large.fit(1, cbs=Checkpoint(full/'state.pt'))
+print([str(o.message) for o in said if 'the one before it remains' in str(o.message)])
+try: save_model(large, full/'m.safetensors')
+except OSError as e: print(e)
+assert torch.load(full/'state.pt', weights_only=True)['epoch'] == before and [o.name for o in full.iterdir()] == ['state.pt']'''
+
+@pytest.mark.posix
+def test_a_full_disk_costs_neither_the_checkpoint_nor_half_a_file(folder, tmp_path):
+    "A file system of 4 MB, where model and state of the second network take 20 and more"
+    full = tmp_path/'full'
+    full.mkdir()
+    mount = shutil.which('mount')
+    if not mount or subprocess.run([mount, '-t', 'tmpfs', '-o', 'size=4m', 'none', full], capture_output=True).returncode:
+        pytest.skip('no file system may be mounted here')
+    try: r = subprocess.run([sys.executable, '-W', 'ignore', '-c', FULL, str(folder), str(full), str(Path(__file__).parent)], capture_output=True, text=True)
+    finally: subprocess.run(['umount', full], check=True)
+    assert r.returncode == 0, r.stdout + r.stderr[-2000:]
+    warned, error = r.stdout.splitlines()
+    assert 'state.pt: the checkpoint of epoch 0 could not be written (' in warned
+    assert error.startswith(f'{full}/m.safetensors: ') and 'No space left' in error
