@@ -22,7 +22,7 @@ from .batches import dicom_dls
 from .networks import bare_model, dicom_learner, spoilt_weight
 from .checkpoints import Checkpoint
 from .models import load_model, save_model
-from .files import cache_folder
+from .files import cache_folder, private_folder
 
 # %% ../nbs/api/20_training.ipynb #ffcea08f
 def default_recipe() -> dict: # arch, size, bs (None: what `fill_card` finds), epochs, lr
@@ -113,7 +113,7 @@ def _demo_file(path, seed, recipe):
     files = [[file.name, file.stat().st_size] for file in table.file]
     key = json.dumps([version('dicomcam'), default_recipe(), recipe, seed, files, table.label.tolist()])
     digest = hashlib.sha256(key.encode()).hexdigest()[:12]
-    return cache_folder('models')/f'{Path(path).name}-{digest}.safetensors'
+    return private_folder(cache_folder('models'))/f'{Path(path).name}-{digest}.safetensors'
 
 def demo_learner(
     path:str|Path,         # Labelled folder, as for `dicom_dls`

@@ -606,3 +606,17 @@ def test_cache_is_private(tmp_path, monkeypatch, umask):
     assert oct((tmp_path/'mine').stat().st_mode & 0o777)=='0o775'
     made, = (tmp_path/'mine').iterdir()
     assert modes(made)==({'0o700'}, {'0o600'})
+
+@pytest.mark.posix
+def test_models_of_the_cache_are_private(tmp_path, monkeypatch):
+    "A model may have learnt something of its patients"
+    from dicomcam.training import _demo_file
+    for o in 'ab':
+        (tmp_path/'films'/'train'/o).mkdir(parents=True)
+        (tmp_path/'films'/'train'/o/'1.dcm').write_bytes(Path(IMAGES[0]).read_bytes())
+    (tmp_path/'films'/'labels.csv').write_text('file,label\ntrain/a/1.dcm,a\ntrain/b/1.dcm,b\n')
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'xdg'))
+    before = os.umask(0)
+    try: file = _demo_file(tmp_path/'films', 42, {})
+    finally: os.umask(before)
+    assert file.parent==tmp_path/'xdg'/'dicomcam'/'models' and modes(tmp_path/'xdg'/'dicomcam')==({'0o700'}, set())
