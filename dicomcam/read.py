@@ -81,6 +81,8 @@ _LONG = rb'(?:[A-Z]{2}.[\4-\xff]|(?![A-Z]{2})(?:.[\4-\xff]|..[^\0]|...[^\0]))'
 _SLOW = rb'(?i:punycode|idna)'
 _ODD_CHARSET = re.compile(rb'\x08\x00\x05\x00(?:%b|.{4,8}[^\0]{0,200}?%b)' % (_LONG, _SLOW), re.DOTALL)
 
+_CHARSET_COST = 20 # reads that take as long as the warning of a character set that nobody knows
+
 class _Deflated(Exception): "What follows is deflated: pydicom is about to inflate it at once, whatever comes."
 
 class _Counted:
@@ -112,9 +114,10 @@ class _Counted:
     def look(self, value):
         "Is the value more than it seems? Fragments of pixel data, which look like items, are not meant."
         if self.head[:4] in _CHARSETS:
+            self.count(_CHARSET_COST)
             if len(value) > 1024 or re.search(_SLOW, value): self.refuse('its Specific Character Set is none of DICOM')
         elif value[:4] in _ITEMS and self.head[:2] not in (b'\xe0\x7f', b'\x7f\xe0'):
-            self.count(3*value.count(value[:4]))
+            self.count(3*value.count(value[:4]) + _CHARSET_COST*value.count(_CHARSETS[0]))
             if _ODD_CHARSET.search(value): self.refuse('a Specific Character Set in a sequence is none of DICOM')
 
 # %% ../nbs/api/01_read.ipynb #f3fe63e5
@@ -123,11 +126,15 @@ def _inflate(
     limit:int, # Bytes
 ) -> tuple:    # (the dataset as a file of its own, the file meta)
     "Raises `DicomError` if it inflates to more than `limit` bytes, or ends too early."
-    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    plain = inflater.decompress(f.read(), limit+1)
-    if len(plain) > limit:
-        raise DicomError(f'inflates to more than {limit:,} bytes; pass a larger max_pixels if that is right')
+    start = f.tell()
+    inflater, n = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    while piece := not inflater.eof and (inflater.unconsumed_tail or f.read(1<<16)):
+        n += len(inflater.decompress(piece, 1<<20)) # first without keeping it: pieces need twice the memory
+        if n > limit:
+            raise DicomError(f'inflates to more than {limit:,} bytes; pass a larger max_pixels if that is right')
     if not inflater.eof: raise DicomError('its deflated dataset is cut off')
+    f.seek(start)
+    plain = zlib.decompress(f.read(), -zlib.MAX_WBITS, n)
     f.seek(0)
     read_preamble(f, True)
     meta = read_dataset(f, False, True, stop_when=lambda tag, vr, length: tag.group != 2)
