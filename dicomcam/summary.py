@@ -148,15 +148,15 @@ def _pay(raw, left):
 
 def _items(name, items, phi, problems, left):
     "A sequence as JSON; if that is too long how many items it has, of which the rest is then not converted."
-    texts, n = [], 0
-    most = left[0]*3//4
+    texts, n, most = [], 0, left[0]*3//4
     share = [most]
     for item in items:
+        if any(conversion_cost(o) > MAX_TEXT for o in item.values()): n = math.inf # one element alone is too long
+        if n > MAX_TEXT: break
         row, unread = _header(item, phi, share)
         problems += [f'{name}: {o}' for o in unread]
         texts.append(json.dumps(row, ensure_ascii=False))
         n += len(texts[-1])+2
-        if n > MAX_TEXT: break
     left[0] -= most-share[0]
     return f'[{", ".join(texts)}]' if n <= MAX_TEXT else f'{len(items)} items'
 

@@ -96,7 +96,7 @@ def test_contours():
     b = encoded(ds)
     assert list(read_dicom(b).ROIContourSequence[2].ContourSequence[0].ContourData) == points
     row, problems = header_row(read_dicom(b))
-    assert row['ROIContourSequence'] == '3 items' and row['Rows'] == 8 and problems == []
+    assert row['ROIContourSequence'].count('1 items') == 3 and row['Rows'] == 8 and problems == []
 
 def test_palette_and_lut_of_65536_entries():
     lut = simple(LUTDescriptor=[0, 0, 16], LUTData=list(range(65536)))
@@ -105,7 +105,7 @@ def test_palette_and_lut_of_65536_entries():
     ds.VOILUTSequence = [lut]
     for colour in ('Red', 'Green', 'Blue'): ds.add_new(f'{colour}PaletteColorLookupTableData', 'OW', bytes(131072))
     row, problems = header_row(read_dicom(encoded(ds)))
-    assert row['RedPaletteColorLookupTableData'] == '131072 bytes' and row['VOILUTSequence'] == '1 items' and problems == []
+    assert row['RedPaletteColorLookupTableData'] == '131072 bytes' and '131072 bytes' in row['VOILUTSequence'] and problems == []
 
 # --- the limits ---
 
