@@ -205,8 +205,8 @@ def read_dicom(
             return _read(io.BytesIO(f.read()) if small else f, name, pixels, max_pixels, max_parts)
 
 # %% ../nbs/api/01_read.ipynb #c0da6e9a
-_BYTES = {'OB', 'OW', 'OF', 'OD', 'OL', 'OV', 'ST', 'LT', 'UT', 'UR'} # one value, however long
-_NUMBERS = {'US', 'SS', 'UL', 'SL', 'FL', 'FD', 'UV', 'SV'} # converted all at once, by `struct`
+_BYTES = {'OB', 'OW', 'OF', 'OD', 'OL', 'OV', 'ST', 'LT', 'UT', 'UR', 'OB or OW', 'US or OW'} # one value, however long
+_NUMBERS = {'US', 'SS', 'UL', 'SL', 'FL', 'FD', 'UV', 'SV', 'US or SS', 'US or SS or OW'} # converted all at once, by `struct`
 
 def conversion_cost(
     raw,  # What `ds.items()` has for an element
