@@ -206,7 +206,7 @@ def read_dicom(
 
 # %% ../nbs/api/01_read.ipynb #c0da6e9a
 _BYTES = {'OB', 'OW', 'OF', 'OD', 'OL', 'OV', 'ST', 'LT', 'UT', 'UR', 'OB or OW', 'US or OW'} # one value, however long
-_NUMBERS = {'US', 'SS', 'UL', 'SL', 'FL', 'FD', 'UV', 'SV', 'US or SS', 'US or SS or OW'} # converted all at once, by `struct`
+_NUMBERS = {'US', 'SS', 'UL', 'SL', 'FL', 'FD', 'UV', 'SV', 'US or SS', 'US or SS or OW'} # by `struct`
 
 def conversion_cost(
     raw,  # What `ds.items()` has for an element
