@@ -11,6 +11,7 @@ __all__ = ['DECODER_DEPENDENCIES', 'pixel_options', 'is_available', 'decode_fram
 import io, struct, zlib
 from functools import partial
 from importlib.util import find_spec
+from math import prod
 
 import numpy as np
 from PIL import Image
@@ -159,6 +160,36 @@ def _coded_shape(src):
     jpeg = _jpeg_header(src) if src[:2] == b'\xff\xd8' else None
     return jpeg[1:] if jpeg else _jpeg2000_shape(src)
 
+# %% ../nbs/api/02_decode.ipynb #ecbe900a
+_MAX_BLOCKS = 500_000
+
+def _coding_styles(src):
+    "(style, parameters) in the COD and COC segments of a JPEG 2000 codestream (ISO 15444-1 A.6.1, A.6.2)."
+    i, tile, size = src.find(b'\xff\x4f\xff\x51', 0, 4096)+2, 0, 0
+    while 2 <= i <= len(src)-12:
+        marker, length = struct.unpack_from('>HH', src, i)
+        if marker == 0xff52: yield src[i+4], src[i+9:i+2+length]
+        elif marker == 0xff53: yield src[i+5], src[i+6:i+2+length]
+        elif marker == 0xff90: tile, size = i, struct.unpack_from('>I', src, i+6)[0]
+        if marker == 0xff93 and size < 14: return # the last tile, up to the end
+        i = tile+size if marker == 0xff93 else i+2+length
+
+def _count_blocks(n, style, parameters):
+    "How many code-blocks and precincts has an image of `n` values, about?"
+    levels, *block = parameters[:3]
+    sizes = parameters[5:] if style & 1 else b'\xff'*(levels+1) # of precincts, the smallest resolution first
+    total = 0
+    for i, size in enumerate(sizes):
+        precinct = size & 15, size >> 4
+        within = sum(min((o & 15)+2, p) for o, p in zip(block, precinct))
+        total += (n >> 2*(levels-i)) * (2.**-sum(precinct) + 2.**-within)
+    return total
+
+def _check_blocks(src, n):
+    "Raise `DicomError` if a JPEG 2000 of `n` values is cut into more blocks than any encoder makes."
+    if any(_count_blocks(n, *o) > _MAX_BLOCKS for o in _coding_styles(src)):
+        raise DicomError(f'its codestream is cut into more than {_MAX_BLOCKS:,} blocks')
+
 # %% ../nbs/api/02_decode.ipynb #c4f9b00c
 def _by(shape): return '{} x {} x {}'.format(*shape)
 
@@ -168,6 +199,7 @@ def _coded_frame(data, o, frame):
     claimed, coded = (o['rows'], o['columns'], o['samples_per_pixel']), _coded_shape(src)
     if coded and coded[0] and coded != claimed: # JPEG may give the number of rows later, and 0 here
         raise DicomError(f'its codestream is {_by(coded)}, its header says {_by(claimed)}')
+    if src[:2] != b'\xff\xd8': _check_blocks(src, prod(claimed))
     return src
 
 # %% ../nbs/api/02_decode.ipynb #27ecac42
@@ -193,7 +225,7 @@ def _by_plugin(ts, data, o, frame):
             if p == plugins[-1]: raise
 
 # %% ../nbs/api/02_decode.ipynb #0fcdadaf
-_MAX_SCANS = 100
+_MAX_SCANS = 32
 
 _SCAN, _END = b'\xff\xda', b'\xff\xd9'
 
@@ -238,7 +270,8 @@ def _numbers(ts, data, o, frame, high_bit):
 
 # %% ../nbs/api/02_decode.ipynb #ffdd7044
 def _jpeg(ts, o, size, src):
-    "A JPEG codestream decoded."
+    "A JPEG codestream decoded. Its colours have all the bits that they have, whatever BitsStored says."
+    if o['samples_per_pixel'] == 3: o = o | dict(correct_unused_bits=False)
     if ts == uid.JPEGBaseline8Bit and o['samples_per_pixel'] == 1: return _grey_jpeg(src, size)
     return _by_plugin(ts, encapsulate([src]), o, 0)
 

@@ -117,7 +117,8 @@ def _largest(descriptor):
 def _rescale(h):
     "Slope and intercept, finite."
     both = [float(h.get(k, neutral)) for k, neutral in (('RescaleSlope', 1), ('RescaleIntercept', 0))]
-    if not np.isfinite(both).all(): raise DicomError('RescaleSlope {} or RescaleIntercept {} is no number'.format(*both))
+    if not np.isfinite(both).all():
+        raise DicomError('RescaleSlope {} or RescaleIntercept {} is not finite'.format(*both))
     return both
 
 def modality(
