@@ -56,12 +56,15 @@ def grey_levels(
     return values, index.reshape(x.shape)
 
 # %% ../nbs/api/03_pixels.ipynb #c8f957d3
-_PIECE = 1<<18 # pixels
+_PIECE = 1<<16 # pixels
 
 def _indices(x, first):
     "Pieces of `x`, flat, as indices that begin at 0 for `first`; and where each of them begins."
     flat = x.reshape(-1)
-    for i in range(0, len(flat), _PIECE): yield i, flat[i:i+_PIECE].astype(np.intp)-first
+    for i in range(0, len(flat), _PIECE):
+        index = flat[i:i+_PIECE].astype(np.intp)
+        if first: index -= first
+        yield i, index
 
 def _look_up(x, values, table):
     "The entries of `table` for the pixels of `x`; they stand for `values`, which are consecutive."
