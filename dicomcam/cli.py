@@ -314,14 +314,15 @@ def report(model, folder, labels, method, layer, positive, held_out, cases, phi,
 @click.option('--data', default='phantom', show_default=True,
     help='phantom, siim, or a folder with train/<label>/*.dcm and labels.csv.')
 @_recipe
+@click.option('--phi', is_flag=True, help='Keep what may identify a patient, in the summary and in the report.')
 @_out('demo', 'Folder for the results.')
-def demo(data, seed, out, force, **recipe):
+def demo(data, seed, phi, out, force, **recipe):
     """All of it on one folder: summary, classifier, figures, heatmaps, report.
 
     \b
     Example: dicomcam demo --data ~/xrays --out results
     """
-    with _output(out, force, folder=True) as part: metrics = run_demo(data, part, seed, **_given(recipe))
+    with _output(out, force, folder=True) as part: metrics = run_demo(data, part, seed, phi, **_given(recipe))
     _say(metrics, ('accuracy', 'auc', 'sensitivity', 'specificity'))
     if 'pointing_game' in metrics:
         hits = f'{metrics["pointing_game"]:.2f}'

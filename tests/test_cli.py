@@ -47,7 +47,7 @@ def check(out, n_valid, vocab):
     assert set(m['split']) == {f'{s}, {v}' for s in ('train', 'valid') for v in vocab}
     assert m['images'] == sum(v['images'] for k, v in m['split'].items() if k.startswith('valid')) == n_valid
     assert {'data', 'summary', 'train', 'evaluate', 'heatmaps', 'report'} <= set(m['seconds'])
-    pngs = list((out/'heatmaps').glob('*.png'))
+    pngs = list((out/'heatmaps').rglob('*.png'))
     assert len(pngs) == n_valid and all(Image.open(o).size[0] > 300 for o in pngs)
     assert (out/'model.safetensors').stat().st_size > 1e6
     assert '</html>' in (out/'report.html').read_text(encoding='utf-8')[-200:]
@@ -78,7 +78,7 @@ def test_demo_with_three_classes_and_names_that_hold_nan(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path/'NaNette')
     names = ['NaNa', 'c1', 'c2']
     pd.read_csv(copy/'labels.csv').assign(label=lambda df: [names[i%3] for i in range(len(df))]).to_csv(copy/'labels.csv', index=False)
-    here('demo', '--data', copy, '--out', tmp_path/'out', *small)
+    here('demo', '--data', copy, '--out', tmp_path/'out', '--phi', *small)
     m = json.loads((tmp_path/'out'/'metrics.json').read_text(encoding='utf-8'), parse_constant=pytest.fail) # NaN is not JSON
     assert m['positive'] == 'c2' and m['data'] == 'NaNette'
     assert {o.split(', ')[1] for o in m['split']} == set(names)
