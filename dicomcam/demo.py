@@ -75,7 +75,7 @@ def _training(recipe):
     why = '' if recipe['arch'] == 'xresnet50' else ' (no CUDA GPU here, where xresnet50 at 400 pixels would be trained)'
     return f'Training {recipe["arch"]} at {recipe["size"]} pixels for {recipe["epochs"]} epochs{why} ...'
 
-# %% ../nbs/api/36_demo.ipynb #bb5afca0
+# %% ../nbs/api/36_demo.ipynb #642088fc
 def _results(data, files, out, seed, phi, recipe, seconds):
     "Do all there is to do with the folder `data`, write it to the folder `out`; what `metrics.json` is to hold of it."
     from dicomcam.models import save_model
@@ -110,6 +110,7 @@ def run_demo(
     folder will not do, OSError if `out` cannot be written."""
     from dicomcam.data import get_data
     from dicomcam.phantom import phantom
+    if Path(out).is_file(): raise NotADirectoryError(f'{out}: is a file. Name a folder for the results.')
     plain_progress()
     seconds, start = {}, time.monotonic()
     named = phi or data in ('phantom', 'siim') # these are no secret
@@ -120,7 +121,6 @@ def run_demo(
     files = label_table(data, by=None).file.tolist()
     with whole(out) as part:
         part.mkdir()
-        if Path(out).exists() and not Path(out).is_dir(): raise NotADirectoryError(f'{out}: is a file. Name a folder.')
         results = _results(data, files, part, seed, phi, {**default_recipe(), **recipe}, seconds)
         seconds['total'] = round(time.monotonic()-start, 1)
         metrics = dict(data=data.name if named else 'a folder', seed=seed, seconds=seconds, **results)
