@@ -38,7 +38,7 @@ class World:
 
     def left(self, pid):
         "Names of what should not be there, in no time after the end."
-        shm = Path('/dev/shm').glob(f'*{pid}*') if Path('/dev/shm').exists() else []
+        shm = [o for name in (f'joblib_memmapping_folder_{pid}_*', f'sem.loky-{pid}-*') for o in Path('/dev/shm').glob(name)] # not another process's
         parts = [o for o in self.path.rglob('.*.part')]
         return [str(o) for o in [*shm, *parts, *(self.path/'tmp').iterdir(), *(self.path/'work').iterdir()]]
 
