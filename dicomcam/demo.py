@@ -76,7 +76,7 @@ def _training(recipe):
     return f'Training {recipe["arch"]} at {recipe["size"]} pixels for {recipe["epochs"]} epochs{why} ...'
 
 # %% ../nbs/api/36_demo.ipynb #642088fc
-def _results(data, files, out, seed, phi, recipe, seconds):
+def _results(data, files, out, seed, by, phi, recipe, seconds):
     "Do all there is to do with the folder `data`, write it to the folder `out`; what `metrics.json` is to hold of it."
     from dicomcam.models import save_model
     from dicomcam.report import report
@@ -86,7 +86,7 @@ def _results(data, files, out, seed, phi, recipe, seconds):
     from dicomcam.training import train_learner
     step = partial(_step, seconds)
     with step('summary', f'Reading {len(files)} files ...'): write_csv(summarize(files, phi=phi), out/'summary.csv')
-    with step('train', _training(recipe)): learn = train_learner(data, seed, **recipe)
+    with step('train', _training(recipe)): learn = train_learner(data, seed, data=dict(by=by), **recipe)
     save_model(learn, out/'model.safetensors')
     with step('evaluate', 'Evaluating ...'):
         df = predictions(learn)
@@ -102,6 +102,7 @@ def run_demo(
     data:str|Path='phantom', # As for `get_data`: 'phantom', 'siim' or a folder
     out:str|Path='demo',     # Folder for the results; it may exist
     seed:int=42,             # Seed of the phantom, the split and the training
+    by:str|None='PatientID', # DICOM keyword of what one patient is; None: each image stands alone
     phi:bool=False,          # Keep what may identify a patient: in the summary, in the report, the folder's name?
     **recipe,                # As for `train_learner`
 ) -> dict: # What `metrics.json` holds, with NaN where that has null
@@ -121,7 +122,7 @@ def run_demo(
     files = label_table(data, by=None).file.tolist()
     with whole(out) as part:
         part.mkdir()
-        results = _results(data, files, part, seed, phi, {**default_recipe(), **recipe}, seconds)
+        results = _results(data, files, part, seed, by, phi, {**default_recipe(), **recipe}, seconds)
         seconds['total'] = round(time.monotonic()-start, 1)
         metrics = dict(data=data.name if named else 'a folder', seed=seed, seconds=seconds, **results)
         text = json.dumps(_json_value(metrics), indent=2, allow_nan=False)

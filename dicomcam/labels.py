@@ -226,7 +226,8 @@ def _groups(values, files, by, src):
     missing, known = values.count(''), any(values)
     if missing and not known:
         raise ValueError(f'{src}: no file has a {by}, so nobody knows whose images they are. '
-            'Name another element with by=, or pass by=None to take each image for a patient of its own.')
+            'Name another element with by=, or pass by=None (a command: --by none) to take each image for a patient of '
+            'its own.')
     if missing:
         warnings.warn(f'{missing} of {len(values)} files have no {by}: each of them counts as a patient of its own.',
             stacklevel=3)

@@ -67,6 +67,18 @@ def test_demo_on_a_folder(folder, tmp_path):
     one_line(dicomcam('demo', '--data', folder, '--out', tmp_path/'out', *small), 'is there already', '--force')
     assert {o: o.stat().st_mtime_ns for o in (tmp_path/'out').rglob('*')} == before
 
+def test_films_that_tell_no_patient(folder, tmp_path):
+    "Without PatientID, as anonymised films are: a command says what to do, and does it"
+    d = shutil.copytree(folder, tmp_path/'films')
+    for o in d.rglob('*.dcm'):
+        ds = pydicom.dcmread(o)
+        del ds.PatientID
+        ds.save_as(o)
+    one_line(dicomcam('train', d, '--out', tmp_path/'m.safetensors', *small), 'no file has a PatientID', '--by none')
+    for args in (('train', d, '--out', tmp_path/'m.safetensors'), ('report', tmp_path/'m.safetensors', d, '--out', tmp_path/'r.html')):
+        r = dicomcam(*args, *(small if args[0] == 'train' else ()), '--by', 'none')
+        assert r.returncode == 0, r.stderr
+
 def test_demo_on_real_films(xrays, tmp_path):
     r = dicomcam('demo', '--data', xrays, '--out', tmp_path/'out', *small)
     assert r.returncode == 0, r.stderr
