@@ -125,7 +125,7 @@ def _known_encodings(names):
         raise DicomError('its Specific Character Set is none of DICOM')
     return convert_encodings(names)
 
-filereader.convert_encodings = _known_encodings
+setattr(filereader, 'convert_encodings', _known_encodings)
 
 # %% ../nbs/api/01_read.ipynb #f3fe63e5
 def _inflate(
