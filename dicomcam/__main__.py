@@ -44,6 +44,13 @@ def _pass_on(signals):
         signal.sigwait(signals)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
 
+def _hold(signals):
+    "Block `signals` for good: until Python 3.12, multiprocessing unblocks some when it starts its first process."
+    mask = signal.pthread_sigmask
+    def unless_held(how, which): return mask(how, set(which)-signals if how == signal.SIG_UNBLOCK else which)
+    mask(signal.SIG_BLOCK, signals)
+    signal.pthread_sigmask = unless_held
+
 def _listen():
     """Stop on the signals that do not have to be ignored, as with nohup. Those that a terminal sends to all processes
     at once are held back: worker processes inherit that, so that none of them answers for itself."""
@@ -52,7 +59,7 @@ def _listen():
     for o in mine: signal.signal(o, lambda *_: _stop(pid))
     if not hasattr(signal, 'pthread_sigmask'): return # Windows
     held = set(mine)-{signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    _hold(held)
     if held: threading.Thread(target=_pass_on, args=[held], daemon=True).start()
 
 class _Bytes(io.FileIO):

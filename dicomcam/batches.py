@@ -147,7 +147,9 @@ def _without_unreadable(table, unreadable, strict):
     warnings.warn(f'{says}. They are left out, and listed in dls.setup.skipped.', stacklevel=3)
     return left
 
-# %% ../nbs/api/16_batches.ipynb #f259e1ce
+# %% ../nbs/api/16_batches.ipynb #6856dc07
+def _number(o): return o.item() if isinstance(o, np.generic) else o # JSON knows none of numpy's
+
 def _batch_size(bs, n):
     "`bs`, or the `n` images of the training side if they are fewer; warns then, or raises ValueError if one is all."
     if bs < 1: raise ValueError(f'bs={bs}: a batch holds one image or more.')
@@ -180,6 +182,7 @@ def dicom_dls(
     if by is None:
         warnings.warn('Split by image: the same patient may be on both sides, and the score then flatters. '
             'by="PatientID" splits by patient.', stacklevel=2)
+    size, valid_pct, seed, fold = map(_number, (size, valid_pct, seed, fold))
     table = label_table(path, labels, by, file_col, label_col, label_delim, label_values)
     cache = _image_cache(cache, size, method)
     skipped = cache.fill(table.file)

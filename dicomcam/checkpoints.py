@@ -8,16 +8,20 @@ Docs: https://dicomcam.github.io/dicomcam/api/checkpoints.html.md"""
 __all__ = ['Checkpoint']
 
 # %% ../nbs/api/18_checkpoints.ipynb #1425de8b
-import random, warnings
+import hashlib, json, os, pickletools, random, re, warnings, zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np, torch
 from fastai.callback.core import Callback, CancelEpochException
 from fastai.learner import Learner
+from fastai.optimizer import Optimizer
 from fastai.torch_core import num_distrib, rank_distrib, to_device
 
+from .batches import setup_of
 from .files import whole
-from .networks import bare_model
+from .networks import bare_model, spoilt_weight, versions
+from .text import for_terminal
 
 # %% ../nbs/api/18_checkpoints.ipynb #16ca8ec7
 def _plain(o):
@@ -30,28 +34,52 @@ def _plain(o):
     return [_plain(value) for value in o]
 
 # %% ../nbs/api/18_checkpoints.ipynb #f5c50c24
-_PARTS = {'epoch', 'epochs', 'model', 'opt', 'recorder', 'rng'} # of a checkpoint
+_PICKLE = 2**22 # bytes: forty times what xresnet50 and its optimizer take in names and shapes
+_CALLS = re.compile(r'torch _?[A-Z]\w+Storage|torch\._utils _rebuild_tensor_v2|collections OrderedDict')
+
+def _check_archive(fn):
+    "Raise ValueError where reading a checkpoint may take more than its length, or call for what no checkpoint needs."
+    with zipfile.ZipFile(fn) as archive:
+        parts = archive.infolist()
+        stored = all(part.compress_type == zipfile.ZIP_STORED for part in parts)
+        if not stored or sum(part.file_size for part in parts) > fn.stat().st_size: raise ValueError('it unfolds')
+        pickled, = (part for part in parts if part.filename.endswith('/data.pkl'))
+        if pickled.file_size > _PICKLE: raise ValueError('too many words')
+        for op, arg, _ in pickletools.genops(archive.read(pickled)):
+            if op.name == 'GLOBAL' and not _CALLS.fullmatch(arg): raise ValueError(f'it calls for {arg!r:.60}')
+
+_PARTS = dict(epoch=int, training=dict, versions=dict, model=dict, opt=dict, recorder=dict, rng=dict) # of a checkpoint
+
+def _check_parts(state):
+    "Raise ValueError where these are not the parts of a checkpoint."
+    if {key: type(value) for key, value in state.items()} != _PARTS: raise ValueError('other parts')
+    if not all(type(value) is str for value in state['training'].values()): raise ValueError('training')
 
 def _read_checkpoint(fn):
     "What `Checkpoint` wrote. Raises ValueError for any other file."
     try:
+        _check_archive(fn)
         state = torch.load(fn, map_location='cpu', weights_only=True)
-        missing = _PARTS - set(state)
-        if missing: raise KeyError(*missing)
-    except Exception as e: # whatever a spoilt file makes of torch
+        old = type(state) is dict and 'rng' in state and 'training' not in state
+        if not old: _check_parts(state)
+    except Exception as e: # whatever a spoilt file makes of zipfile, pickle and torch
         raise ValueError(f'{fn}: not a checkpoint ({type(e).__name__}). Delete it to start anew.') from e
+    if old:
+        raise ValueError(f'{fn}: a checkpoint of version 0.2 or before, which does not say what data it was trained '
+            'on. Go on with that version, or delete it to start anew.')
     return state
 
 # %% ../nbs/api/18_checkpoints.ipynb #chk-rec
 def _recorder_state(recorder):
     "What the recorder knows, without the names of its columns."
     smooth = recorder.smooth_loss
-    return dict(values=recorder.values, lrs=recorder.lrs, losses=recorder.losses, iters=recorder.iters,
-        count=smooth.count, val=smooth.val)
+    losses = torch.tensor([float(loss) for loss in recorder.losses]) # one tensor is read faster than thousands
+    return dict(values=recorder.values, lrs=recorder.lrs, losses=losses, iters=recorder.iters, count=smooth.count,
+        val=smooth.val)
 
 def _set_recorder(recorder, state):
     "The other way."
-    recorder.lrs, recorder.losses, recorder.iters = state['lrs'], state['losses'], state['iters']
+    recorder.lrs, recorder.losses, recorder.iters = state['lrs'], [*state['losses']], state['iters']
     recorder.smooth_loss.count, recorder.smooth_loss.val = state['count'], state['val']
 
 def _rng_state(loader):
@@ -68,22 +96,137 @@ def _set_rng(loader, state):
     torch.set_rng_state(state['torch'])
     if state['cuda']: torch.cuda.set_rng_state_all(state['cuda'])
 
+# %% ../nbs/api/18_checkpoints.ipynb #e19e6336
+def _named(o):
+    "What JSON can say of any object: its numbers, else its name."
+    return o.tolist() if hasattr(o, 'tolist') else getattr(o, '__name__', type(o).__name__)
+
+def _digest(lines):
+    "16 hexadecimal digits that change if a line does."
+    return hashlib.sha256('\n'.join(map(repr, lines)).encode()).hexdigest()[:16]
+
+def _film(file, root):
+    "What tells a film from others wherever the folder is: name, length, and the first bytes, which hold the header."
+    with open(file, 'rb') as f: return Path(file).relative_to(root).as_posix(), Path(file).stat().st_size, f.read(4096)
+
+def _data(dls):
+    "What tells the data of `dls` from others."
+    setup, sides = setup_of(dls), [len(side) for side in (dls.train_ds, dls.valid_ds)]
+    if setup is None: return dict(sides=sides)
+    about = {**setup.meta(), **setup.split}
+    del about['split'], about['pixels']
+    if setup.table is None: return about
+    files = [os.path.abspath(file) for file in setup.table.file]
+    root = os.path.commonpath(files)
+    return about | dict(files=_digest(_film(file, root) for file in files), labels=_digest(setup.table.label),
+        sides=_digest(map(bool, setup.table.is_valid)))
+
+def _steps(dls):
+    "What the training side does to a batch, as far as numbers tell."
+    return {type(tfm).__name__: {key: value for key, value in vars(tfm).items() if type(value) is float}
+        for tfm in getattr(dls.train.after_batch, 'fs', ())}
+
+def _training(learn, epochs, recipe):
+    "What tells one training from another: name -> JSON."
+    loss = getattr(learn.loss_func, 'func', learn.loss_func)
+    weights = [getattr(loss, name, None) for name in ('weight', 'pos_weight')]
+    shapes = _digest((name, *w.shape) for name, w in bare_model(learn).state_dict().items())
+    about = dict(epochs=epochs, bs=learn.dls.bs, opt=learn.opt_func, loss=[type(loss), *weights], network=shapes)
+    about = {**recipe, **about, 'augmentation': _steps(learn.dls), **_data(learn.dls)}
+    about |= asdict(learn.network) if hasattr(learn, 'network') else {}
+    return {key: json.dumps(value, default=_named, sort_keys=True) for key, value in about.items()}
+
+_HASHED = dict(files='other files', labels='other labels', sides='another split', network='another network')
+
+def _other_training(kept, now):
+    "In what a checkpoint differs from the training that is asked for; '': in nothing."
+    def says(key):
+        if key in _HASHED: return f'of {_HASHED[key]}'
+        then, here = (str(o.get(key)) for o in (kept, now))
+        if key == 'epochs': return f'of {then:.9} epochs, not of {here}'
+        return f'of {key} {for_terminal(then[:60])}, not {here:.60}'
+    return '; '.join(says(key) for key in now if kept.get(key) != now[key])
+
+# %% ../nbs/api/18_checkpoints.ipynb #16662acb
+def _without_numbers(weights):
+    "The same parameters, in the same groups, on the meta device."
+    if not isinstance(weights, torch.Tensor): return [_without_numbers(o) for o in weights]
+    like = torch.nn.Parameter(torch.empty_like(weights, device='meta'))
+    like.grad = torch.zeros_like(like)
+    return like
+
+def _opt_state(learn):
+    "What the optimizer remembers after a step: names, shapes and types."
+    opt = learn.opt_func(_without_numbers(learn.splitter(bare_model(learn))), lr=learn.lr)
+    opt.step()
+    return _plain(opt.state_dict())
+
+def _tensor_like(kept, like):
+    "Is `kept` a tensor of numbers in memory, of the shape and type of `like`?"
+    if type(kept) is not torch.Tensor or kept.device.type != 'cpu': return False
+    if (kept.shape, kept.dtype, kept.layout) != (like.shape, like.dtype, like.layout): return False
+    return spoilt_weight({'': kept}) is None
+
+def _unlike(kept, like, at):
+    "The first place where `kept` is not made as `like` is; None: there is none."
+    parts = ()
+    if isinstance(like, torch.Tensor): same = _tensor_like(kept, like)
+    elif isinstance(like, dict): same, parts = type(kept) is dict and set(kept) == set(like), like
+    elif isinstance(like, (list, tuple)):
+        same, parts = type(kept) in (list, tuple) and len(kept) == len(like), range(len(like))
+    elif type(like) in (int, float): same = type(kept) in (int, float) and -2**63 < kept < 2**63 # which NaN is not
+    else: same = type(kept) is type(like)
+    if not same: return at
+    return next(filter(None, (_unlike(kept[i], like[i], f'{at}[{i!r}]') for i in parts)), None)
+
+# %% ../nbs/api/18_checkpoints.ipynb #5e706f85
+def _opt_unlike(kept, like):
+    "Where the kept state of the optimizer cannot be that of ours; None: nowhere. Weights may have none."
+    states, ours = kept['state'], like['state']
+    if isinstance(ours, dict): ours = {i: o for i, o in ours.items() if i in states} # an optimizer of PyTorch
+    else:
+        states = [{key: value for key, value in o.items() if key not in Optimizer._keep_on_clear} for o in states]
+        ours = [o if theirs else {} for o, theirs in zip(ours, states, strict=True)]
+    return _unlike({**kept, 'state': states}, {**like, 'state': ours}, 'opt')
+
+def _check_recorder(kept, done):
+    "Raise ValueError where it cannot be the recorder's state after `done` epochs. An unknown metric is NaN or None."
+    rows, steps = kept['values'], kept['count']
+    like = dict(lrs=[0.]*len(kept['lrs']), iters=[0]*done, count=0)
+    where = _unlike({key: kept[key] for key in like}, like, 'recorder')
+    known = all(type(cell) in (int, float, type(None)) for row in rows for cell in row)
+    if where or not known or len(rows) != done or len({*map(len, rows)}) > 1: raise ValueError(where or 'values')
+    if not len(kept['lrs']) == steps == len(kept['losses']) or kept['val'].shape: raise ValueError('losses')
+
+def _set_spares(rng):
+    "Give what is kept to spare generators, which raise an error where it is no state of theirs."
+    for key in 'python', 'loader': random.Random().setstate(rng[key])
+    np.random.RandomState().set_state(rng['numpy'])
+    if not 0 <= rng['numpy'][2] <= 624: raise ValueError('numpy')
+    torch.Generator().set_state(rng['torch'])
+    if len(rng['cuda']) != torch.cuda.device_count(): raise ValueError('of a machine with other GPUs')
+    for i, state in enumerate(rng['cuda']): torch.Generator(f'cuda:{i}').set_state(state)
+
+def _spoilt(state, learn, epochs):
+    "What in a checkpoint cannot be of the training that is asked for; None: nothing."
+    if not 1 <= state['epoch'] <= epochs: return 'epoch'
+    try:
+        where = _unlike(state['model'], _plain(bare_model(learn).state_dict()), 'model')
+        if not where and callable(learn.opt_func): where = _opt_unlike(state['opt'], _opt_state(learn))
+        _check_recorder(state['recorder'], state['epoch'])
+        _set_spares(state['rng'])
+    except Exception as e: return f'{type(e).__name__} {str(e):.60}' # whatever spoilt innards make of them
+    return where
+
 # %% ../nbs/api/18_checkpoints.ipynb #508cbc9e
 def _shuffler(dls):
     "Whose generator shuffles: where there are several processes, fastai wraps the training's DataLoader."
     return dls.train.dl if num_distrib() > 1 else dls.train
 
-def _training_state(learn):
+def _training_state(learn, training):
     "What it takes to go on after the epoch that has just ended."
-    return dict(epoch=learn.epoch+1, epochs=learn.n_epoch, model=bare_model(learn).state_dict(),
+    return dict(epoch=learn.epoch+1, training=training, versions=versions(), model=bare_model(learn).state_dict(),
         opt=learn.opt.state_dict(), recorder=_recorder_state(learn.recorder), rng=_rng_state(_shuffler(learn.dls)))
-
-def _other_training(state, learn, epochs):
-    "In what a checkpoint differs from the training that is asked for; None: in nothing."
-    kept, now = ({name: weights.shape for name, weights in o.items()}
-        for o in (state['model'], bare_model(learn).state_dict()))
-    if kept != now: return 'of another network'
-    if state['epochs'] != epochs: return f'of {state["epochs"]} epochs, not of {epochs}'
 
 # %% ../nbs/api/18_checkpoints.ipynb #chk-class
 class Checkpoint(Callback):
@@ -92,8 +235,9 @@ class Checkpoint(Callback):
     def __init__(self,
         fn:str|Path,       # File
         resume:bool=False, # Go on from `fn`, if it is there?
+        recipe:dict=None,  # What else tells this training from another and the learner does not know: seed, lr
     ):
-        self.fn = Path(fn)
+        self.fn, self.recipe = Path(fn), recipe or {}
         self.state = _read_checkpoint(self.fn) if resume and self.fn.is_file() else None
         self.start = self.state['epoch'] if self.state else 0
 
@@ -101,10 +245,14 @@ class Checkpoint(Callback):
         learn:Learner, # What is to be trained
         epochs:int,    # For how long
     ):
-        "Raise ValueError if the checkpoint is of another training."
-        what = self.state and _other_training(self.state, learn, epochs)
-        if not what: return
-        raise ValueError(f'{self.fn}: a checkpoint {what}. Ask for the same training, or delete it to start anew.')
+        "Raise ValueError if the checkpoint is of another training, or spoilt."
+        self.about = _training(learn, epochs, self.recipe)
+        if not self.state: return
+        what = _other_training(self.state['training'], self.about)
+        if what:
+            raise ValueError(f'{self.fn}: a checkpoint {what}. Ask for the same training, or delete it to start anew.')
+        where = _spoilt(self.state, learn, epochs)
+        if where: raise ValueError(f'{self.fn}: a spoilt checkpoint ({where}). Delete it to start anew.')
 
     def before_fit(self):
         self.check(self.learn, self.n_epoch)
@@ -124,7 +272,7 @@ class Checkpoint(Callback):
     def after_epoch(self):
         "Write the checkpoint, in one process. If that fails, the one before it remains, and training goes on."
         if self.epoch < self.start or rank_distrib() or hasattr(self.learn, 'lr_finder'): return
-        state = _training_state(self.learn)
+        state = _training_state(self.learn, self.about)
         try:
             with whole(self.fn) as part: torch.save(_plain(state), part)
         except (OSError, RuntimeError) as e:

@@ -136,6 +136,14 @@ def _out(default, text):
 
 _labels = click.option('--labels', default='labels.csv', show_default=True, help='CSV in FOLDER: file, label.')
 
+_BY = 'DICOM keyword of what one patient is; none: each image stands alone, where no header tells the patient.'
+
+def _by(default, text):
+    "By what the images are split."
+    return click.option('--by', default=default, show_default=bool(default), metavar='KEYWORD', help=text)
+
+def _keyword(by): return None if by == 'none' else by
+
 _recipe = _options(
     click.option('--arch', help='Network, xresnet18 say, or one of timm; by default chosen for this machine.'),
     click.option('--size', type=click.IntRange(64), help='Side of the images that the network sees, pixels.'),
@@ -206,11 +214,12 @@ def _check_checkpoint(checkpoint, out, resume, force):
 @main.command()
 @click.argument('folder')
 @_labels
+@_by('PatientID', _BY)
 @_recipe
 @click.option('--checkpoint', help='File that keeps the state after each epoch.')
 @click.option('--resume', is_flag=True, help='Go on from the checkpoint, if it is there.')
 @_out('model.safetensors', 'Model file to write.')
-def train(folder, labels, seed, checkpoint, resume, out, force, **recipe):
+def train(folder, labels, by, seed, checkpoint, resume, out, force, **recipe):
     """Train a classifier on the labelled images of FOLDER, split by patient.
 
     \b
@@ -226,7 +235,8 @@ def train(folder, labels, seed, checkpoint, resume, out, force, **recipe):
         from dicomcam.training import default_recipe, train_learner
         r = {**default_recipe(), **_given(recipe)}
         _tell(f'Training {r["arch"]} at {r["size"]} pixels for {r["epochs"]} epochs ...')
-        learn = train_learner(folder, seed, checkpoint=checkpoint, resume=resume, data=dict(labels=labels), **r)
+        learn = train_learner(folder, seed, checkpoint=checkpoint, resume=resume,
+            data=dict(labels=labels, by=_keyword(by)), **r)
         for line in split_counts(learn.dls).to_string().splitlines(): _tell(line)
         save_model(learn, part)
         df = predictions(learn)
@@ -280,6 +290,7 @@ def explain(model, files, method, layer, cls, dicom, bs, phi, out, force):
 @click.argument('model')
 @click.argument('folder')
 @_labels
+@_by(None, 'As for train; by default as MODEL was trained.')
 @_maps
 @click.option('--positive', help='Class that counts as positive; by default the last of two, each of more.')
 @click.option('--held-out', is_flag=True,
@@ -287,7 +298,7 @@ def explain(model, files, method, layer, cls, dicom, bs, phi, out, force):
 @click.option('--cases', default=50, show_default=True, type=click.IntRange(1), help='Most images to show.')
 @click.option('--phi', is_flag=True, help='Show names of files and patients.')
 @_out('report.html', 'HTML file to write.')
-def report(model, folder, labels, method, layer, positive, held_out, cases, phi, out, force):
+def report(model, folder, labels, by, method, layer, positive, held_out, cases, phi, out, force):
     """One HTML file on how good MODEL is on the labelled images of FOLDER, with figures, intervals and cases.
 
     \b
@@ -299,7 +310,8 @@ def report(model, folder, labels, method, layer, positive, held_out, cases, phi,
         from dicomcam.models import load_model
         learn = load_model(model)
         split = dict(learn.dls.setup.split)
-        table = label_table(folder, labels, split.pop('by'))
+        trained_by = split.pop('by')
+        table = label_table(folder, labels, _keyword(by) if by else trained_by)
         if held_out: table = table.iloc[patient_split(table, **split)[1]].reset_index(drop=True)
         _tell(f'Looking at {len(table)} images ...')
         plain_progress()
@@ -313,15 +325,18 @@ def report(model, folder, labels, method, layer, positive, held_out, cases, phi,
 @main.command()
 @click.option('--data', default='phantom', show_default=True,
     help='phantom, siim, or a folder with train/<label>/*.dcm and labels.csv.')
+@_by('PatientID', _BY)
 @_recipe
+@click.option('--phi', is_flag=True, help='Keep what may identify a patient, in the summary and in the report.')
 @_out('demo', 'Folder for the results.')
-def demo(data, seed, out, force, **recipe):
+def demo(data, by, seed, phi, out, force, **recipe):
     """All of it on one folder: summary, classifier, figures, heatmaps, report.
 
     \b
     Example: dicomcam demo --data ~/xrays --out results
     """
-    with _output(out, force, folder=True) as part: metrics = run_demo(data, part, seed, **_given(recipe))
+    with _output(out, force, folder=True) as part:
+        metrics = run_demo(data, part, seed, _keyword(by), phi, **_given(recipe))
     _say(metrics, ('accuracy', 'auc', 'sensitivity', 'specificity'))
     if 'pointing_game' in metrics:
         hits = f'{metrics["pointing_game"]:.2f}'

@@ -8,15 +8,18 @@ Docs: https://dicomcam.github.io/dicomcam/api/decode.html.md"""
 __all__ = ['DECODER_DEPENDENCIES', 'pixel_options', 'is_available', 'decode_frame', 'stored_pixels']
 
 # %% ../nbs/api/02_decode.ipynb #a3acabc3
-import io, struct
+import io, struct, zlib
+from functools import partial
 from importlib.util import find_spec
+from math import prod
 
 import numpy as np
 from PIL import Image
 from pydicom import uid
 from pydicom.dataset import Dataset
-from pydicom.encaps import get_frame
+from pydicom.encaps import encapsulate, get_frame
 from pydicom.pixels import get_decoder
+from pydicom.pixels.decoders.base import Decoder
 
 from .read import DicomError, MAX_PIXELS, NOT_ERRORS, dicom_errors, element_values, name_of, transfer_syntax
 
@@ -34,6 +37,14 @@ def _pixel_keyword(ds):
     why = f'the file is cut off in {cut}' if cut else 'not an image, or cut off'
     raise DicomError(f'{name_of(ds)}: has no pixel data: {why}')
 
+def _check_size(o, max_pixels):
+    "Raise `DicomError` if a frame has more values than `max_pixels`: one of 32 bits counts twice, a palette's thrice."
+    palette = o['photometric_interpretation'] == 'PALETTE COLOR'
+    n = o['rows']*o['columns']*(3 if palette else o['samples_per_pixel'])*max(1, o['bits_allocated']//16)
+    if n > max_pixels:
+        many = f'a frame of {n:,} values is more than max_pixels={max_pixels:,}'
+        raise DicomError(f'{many}; pass a larger max_pixels if that is right')
+
 def pixel_options(
     ds:Dataset,
     max_pixels:int=MAX_PIXELS, # Refuse frames with more values than this
@@ -48,31 +59,34 @@ def pixel_options(
     o |= {_OPTIONS[k]: v for k, v in element_values(ds, _OPTIONS).items()}
     if 'rows' not in o or 'columns' not in o: raise DicomError('Rows or Columns is missing')
     samples = o.setdefault('samples_per_pixel', 1)
-    n = o['rows']*o['columns']*samples
-    if n > max_pixels:
-        many = f'a frame of {n:,} values is more than max_pixels={max_pixels:,}'
-        raise DicomError(f'{many}; pass a larger max_pixels if that is right')
     photometric = o.get('photometric_interpretation') or ('MONOCHROME2' if samples == 1 else 'RGB')
     o['photometric_interpretation'] = str(photometric).strip().upper()
     frames = str(o.get('number_of_frames'))
     o['number_of_frames'] = max(1, int(frames)) if frames.isdigit() else 1
     o.setdefault('bits_allocated', 8 if o.get('bits_stored', 16) <= 8 else 16)
     o.setdefault('bits_stored', o['bits_allocated'])
-    o.setdefault('pixel_representation', 0)
     o.setdefault('planar_configuration', 0)
+    o['pixel_representation'] = o.get('pixel_representation', 0) if samples == 1 else 0 # colour has no sign
+    _check_size(o, max_pixels)
     if 'ExtendedOffsetTable' in ds: o['extended_offsets'] = ds.ExtendedOffsetTable, ds.ExtendedOffsetTableLengths
     return o
 
 # %% ../nbs/api/02_decode.ipynb #62671400
-_PLUGIN_FOR = uid.JPEGExtended12Bit, uid.JPEGLossless, uid.JPEGLosslessSV1
+_DEFLATED_FRAMES = uid.UID('1.2.840.10008.1.2.8.1')
+_NAME = 'Deflated Image Frame Compression'
+uid.UID_dictionary.setdefault(_DEFLATED_FRAMES, (_NAME, 'Transfer Syntax', '', '', _NAME.replace(' ', '')))
 
-DECODER_DEPENDENCIES = dict.fromkeys(_PLUGIN_FOR, ('imagecodecs (pip install "dicomcam[codecs]")',))
+_JPEG = uid.JPEGExtended12Bit, uid.JPEGLossless, uid.JPEGLosslessSV1
+
+DECODER_DEPENDENCIES = dict.fromkeys(_JPEG, ('imagecodecs (pip install "dicomcam[codecs]")',)) | {
+    uid.RLELossless: ('pylibjpeg-rle',), _DEFLATED_FRAMES: ()}
 
 def is_available(
     ts:uid.UID, # A transfer syntax
 ) -> bool:
-    "Can the plug-in decode it? pydicom asks for it under this name."
-    return ts in DECODER_DEPENDENCIES and find_spec('imagecodecs') is not None
+    "Can a plug-in here decode it? pydicom asks for it under this name."
+    module = {uid.RLELossless: 'rle', _DEFLATED_FRAMES: 'zlib'}.get(ts, 'imagecodecs')
+    return ts in DECODER_DEPENDENCIES and find_spec(module) is not None
 
 def _decode_frame(src, runner):
     "pydicom's plug-in: the bytes of a frame, decoded; `runner` is told in what form they come."
@@ -83,14 +97,41 @@ def _decode_frame(src, runner):
     runner.set_option('planar_configuration', 0)
     return x.tobytes()
 
+def _unpacked(data, n):
+    "`n` values of one bit, a byte each, out of packed bits."
+    bits = np.unpackbits(np.frombuffer(data, np.uint8), bitorder='little')[:n]
+    if len(bits) < n: raise ValueError(f'it ends after {len(bits):,} of its {n:,} pixels')
+    return bits.tobytes()
+
+def _decode_bits(src, runner):
+    "pydicom's plug-in: a frame of one bit allocated, RLE."
+    if runner.bits_allocated != 1: raise NotImplementedError('more than one bit allocated')
+    from rle.utils import decode_frame as unroll
+    n = runner.frame_length('pixels')
+    return _unpacked(unroll(src, -(-n//8), 8, '<'), n)
+
+def _inflate_frame(src, runner):
+    "pydicom's plug-in: a frame of Deflated Image Frame Compression (PS3.5 A.4.13), inflated to its own size at most."
+    size = runner.frame_length('bytes')
+    data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(src, size)
+    if len(data) < size: raise ValueError(f'it ends after {len(data):,} of its {size:,} bytes')
+    return _unpacked(data, runner.frame_length('pixels')) if runner.bits_allocated == 1 else data
+
+_INFLATER = Decoder(_DEFLATED_FRAMES)
+
+def _decoder(ts): return _INFLATER if ts == _DEFLATED_FRAMES else get_decoder(ts)
+
+_FUNCTIONS = {uid.RLELossless: '_decode_bits', _DEFLATED_FRAMES: '_inflate_frame'}
+
 for o in DECODER_DEPENDENCIES:
-    try: get_decoder(o).add_plugin('imagecodecs', ('dicomcam.decode', '_decode_frame'))
+    name = 'imagecodecs' if o in _JPEG else 'dicomcam'
+    try: _decoder(o).add_plugin(name, ('dicomcam.decode', _FUNCTIONS.get(o, '_decode_frame')))
     except ValueError: pass # it is there already
 
 # %% ../nbs/api/02_decode.ipynb #db9a6fcd
 def _cure(ts):
     "What would make the transfer syntax `ts` decodable, or ''."
-    try: decoder = get_decoder(ts)
+    try: decoder = _decoder(ts)
     except NotImplementedError: return '; no decoder for it exists in pydicom'
     missing = [o.split('requires ')[-1] for o in decoder.missing_dependencies if 'libjpeg' not in o and 'gdcm' not in o]
     return f'; it needs {missing[0]}' if missing else ''
@@ -98,12 +139,12 @@ def _cure(ts):
 # %% ../nbs/api/02_decode.ipynb #f5c56b23
 _FRAME_HEADERS = {*range(0xffc0, 0xffd0), 0xfff7} - {0xffc4, 0xffc8, 0xffcc} # SOF0 to SOF15, and JPEG-LS's SOF55
 
-def _jpeg_shape(src):
-    "(rows, columns, samples) in the frame header of a JPEG (ISO 10918-1 B.2.2) or JPEG-LS, else None."
+def _jpeg_header(src):
+    "(bits, rows, columns, samples) in the frame header of a JPEG (ISO 10918-1 B.2.2) or JPEG-LS, else None."
     i = 2
     while i+10 <= len(src):
         marker, length = struct.unpack_from('>HH', src, i)
-        if marker in _FRAME_HEADERS: return struct.unpack_from('>HHB', src, i+5)
+        if marker in _FRAME_HEADERS: return struct.unpack_from('>BHHB', src, i+4)
         i += 1 if marker == 0xffff else length+2 # 0xff may fill the space before a marker
 
 def _jpeg2000_shape(src):
@@ -116,7 +157,38 @@ def _jpeg2000_shape(src):
 
 def _coded_shape(src):
     "(rows, columns, samples) that a codestream claims, None if it is of another kind."
-    return (_jpeg_shape(src) if src[:2] == b'\xff\xd8' else None) or _jpeg2000_shape(src)
+    jpeg = _jpeg_header(src) if src[:2] == b'\xff\xd8' else None
+    return jpeg[1:] if jpeg else _jpeg2000_shape(src)
+
+# %% ../nbs/api/02_decode.ipynb #ecbe900a
+_MAX_BLOCKS = 500_000
+
+def _coding_styles(src):
+    "(style, parameters) in the COD and COC segments of a JPEG 2000 codestream (ISO 15444-1 A.6.1, A.6.2)."
+    i, tile, size = src.find(b'\xff\x4f\xff\x51', 0, 4096)+2, 0, 0
+    while 2 <= i <= len(src)-12:
+        marker, length = struct.unpack_from('>HH', src, i)
+        if marker == 0xff52: yield src[i+4], src[i+9:i+2+length]
+        elif marker == 0xff53: yield src[i+5], src[i+6:i+2+length]
+        elif marker == 0xff90: tile, size = i, struct.unpack_from('>I', src, i+6)[0]
+        if marker == 0xff93 and size < 14: return # the last tile, up to the end
+        i = tile+size if marker == 0xff93 else i+2+length
+
+def _count_blocks(n, style, parameters):
+    "How many code-blocks and precincts has an image of `n` values, about?"
+    levels, *block = parameters[:3]
+    sizes = parameters[5:] if style & 1 else b'\xff'*(levels+1) # of precincts, the smallest resolution first
+    total = 0
+    for i, size in enumerate(sizes):
+        precinct = size & 15, size >> 4
+        within = sum(min((o & 15)+2, p) for o, p in zip(block, precinct))
+        total += (n >> 2*(levels-i)) * (2.**-sum(precinct) + 2.**-within)
+    return total
+
+def _check_blocks(src, n):
+    "Raise `DicomError` if a JPEG 2000 of `n` values is cut into more blocks than any encoder makes."
+    if any(_count_blocks(n, *o) > _MAX_BLOCKS for o in _coding_styles(src)):
+        raise DicomError(f'its codestream is cut into more than {_MAX_BLOCKS:,} blocks')
 
 # %% ../nbs/api/02_decode.ipynb #c4f9b00c
 def _by(shape): return '{} x {} x {}'.format(*shape)
@@ -127,6 +199,7 @@ def _coded_frame(data, o, frame):
     claimed, coded = (o['rows'], o['columns'], o['samples_per_pixel']), _coded_shape(src)
     if coded and coded[0] and coded != claimed: # JPEG may give the number of rows later, and 0 here
         raise DicomError(f'its codestream is {_by(coded)}, its header says {_by(claimed)}')
+    if src[:2] != b'\xff\xd8': _check_blocks(src, prod(claimed))
     return src
 
 # %% ../nbs/api/02_decode.ipynb #27ecac42
@@ -142,22 +215,74 @@ _PLUGINS = 'pylibjpeg', 'pyjpegls', 'pillow', 'imagecodecs', 'pydicom' # The pre
 
 def _by_plugin(ts, data, o, frame):
     "The array of one frame, of the first plug-in that can decode it. Raises what the last of them raises."
-    decoder = get_decoder(ts)
-    plugins = [p for p in _PLUGINS if p in decoder.available_plugins] or ['']
+    decoder = _decoder(ts)
+    ours = o['bits_allocated'] == 1 or ts == _DEFLATED_FRAMES
+    plugins = [p for p in (['dicomcam'] if ours else _PLUGINS) if p in decoder.available_plugins] or ['']
     for p in plugins:
         try: return decoder.as_array(data, index=frame, decoding_plugin=p, **o)[0]
         except NOT_ERRORS: raise
         except BaseException:
             if p == plugins[-1]: raise
 
+# %% ../nbs/api/02_decode.ipynb #0fcdadaf
+_MAX_SCANS = 32
+
+_SCAN, _END = b'\xff\xda', b'\xff\xd9'
+
+def _ends_grey(x, bits):
+    "Is the last pixel the grey that a JPEG decoder paints with where data are missing?"
+    last = x.getpixel((x.width-1, x.height-1)) if isinstance(x, Image.Image) else x[-1, -1]
+    return bool((np.abs(np.asarray(last, int)) == 1<<(bits-1)).all())
+
+def _whole_jpeg(src, decode):
+    "What `decode` makes of the JPEG `src`. Raises `DicomError` if that is cut off, or has too many scans."
+    scans = src.count(_SCAN)
+    if scans > _MAX_SCANS: raise DicomError(f'it has {scans:,} scans; no encoder writes more than {_MAX_SCANS}')
+    end = src.rfind(_END, max(src.rfind(_SCAN), 0))
+    if end > 0:
+        x = decode(src)
+        if not _ends_grey(x, (_jpeg_header(src) or [8])[0]): return x
+    data = src[:end] if end > 0 else src.rstrip(b'\0')
+    noise = (b'\0' if data.endswith(b'\xff') else b'') + b'\x55'*64 # a zero belongs to each byte 0xff
+    x, y = (decode(data+o+_END) for o in (b'', noise))
+    if (end > 0 or scans == 1) and np.array_equal(x, y): return x
+    raise DicomError('its codestream is cut off')
+
+# %% ../nbs/api/02_decode.ipynb #99c1ce62
+def _frame_of_bits(data, o, frame):
+    "The packed bits of one frame, from the start of a byte."
+    n = o['rows']*o['columns']*o['samples_per_pixel']
+    first, skip = divmod(frame*n, 8)
+    bits = np.unpackbits(np.frombuffer(data, np.uint8)[first:first+n//8+2], bitorder='little')
+    return np.packbits(bits[skip:][:n], bitorder='little').tobytes()
+
+def _numbers(ts, data, o, frame, high_bit):
+    "One frame of plain numbers, RLE or deflated; `high_bit` is the top one of those stored."
+    inside = o['bits_stored']-1 < high_bit < o['bits_allocated']
+    shift = high_bit+1-o['bits_stored'] if inside and 'Float' not in o['pixel_keyword'] else 0
+    o = o | dict(bits_stored=o['bits_stored']+shift)
+    if o['bits_allocated'] == 1 and not ts.is_encapsulated and frame*o['rows']*o['columns'] % 8:
+        data, frame, o = _frame_of_bits(data, o, frame), 0, o | dict(number_of_frames=1)
+    as_they_are = o['bits_stored'] == o['bits_allocated'] > 1 and o['samples_per_pixel'] == 1
+    if as_they_are and not ts.is_encapsulated and ts.is_little_endian: o['view_only'] = True # a view is no copy
+    x = _by_plugin(ts, data, o, frame)
+    return x >> shift if shift else x
+
 # %% ../nbs/api/02_decode.ipynb #ffdd7044
+def _jpeg(ts, o, size, src):
+    "A JPEG codestream decoded. Its colours have all the bits that they have, whatever BitsStored says."
+    if o['samples_per_pixel'] == 3: o = o | dict(correct_unused_bits=False)
+    if ts == uid.JPEGBaseline8Bit and o['samples_per_pixel'] == 1: return _grey_jpeg(src, size)
+    return _by_plugin(ts, encapsulate([src]), o, 0)
+
+# %% ../nbs/api/02_decode.ipynb #10be8b12
 def decode_frame(
     ds:Dataset,                # With pixel data
     frame:int=0,               # Which frame, from 0
     size=None,                 # int or (h, w): decode a grey JPEG at 1/2, 1/4 or 1/8 scale, if that is no smaller
     max_pixels:int=MAX_PIXELS, # Refuse frames with more values than this
     options:dict=None,         # Those of `pixel_options`, where they are known already
-):                             # PIL image in mode 'L' for grey JPEG Baseline, else an array
+):                             # PIL image in mode 'L' for grey JPEG Baseline, else an array, which may be read-only
     "Decode one frame, as `stored_pixels` does, into whatever the decoder makes. Raises `DicomError`."
     ts = transfer_syntax(ds)
     with dicom_errors(name_of(ds), lambda: f'decoded ({ts.name}{_cure(ts)})'):
@@ -165,10 +290,12 @@ def decode_frame(
         n = o['number_of_frames']
         if not 0 <= frame < n: raise DicomError(f'there is no frame {frame} among its {n}')
         data = ds[o['pixel_keyword']].value
-        if ts.is_encapsulated:
-            src = _coded_frame(data, o, frame)
-            if ts == uid.JPEGBaseline8Bit and o['samples_per_pixel'] == 1: return _grey_jpeg(src, size)
-        return _by_plugin(ts, data, o, frame)
+        high_bit = element_values(ds, ['HighBit']).get('HighBit', 0)
+        if not ts.is_encapsulated: return _numbers(ts, data, o, frame, high_bit)
+        src, o = _coded_frame(data, o, frame), o | dict(number_of_frames=1, extended_offsets=None)
+        if ts in uid.JPEGTransferSyntaxes: return _whole_jpeg(src, partial(_jpeg, ts, o, size))
+        if ts in _FUNCTIONS: return _numbers(ts, encapsulate([src]), o, 0, high_bit)
+        return _by_plugin(ts, encapsulate([src]), o, 0)
 
 # %% ../nbs/api/02_decode.ipynb #e6746aa0
 def stored_pixels(
@@ -178,4 +305,4 @@ def stored_pixels(
     max_pixels:int=MAX_PIXELS, # Refuse frames with more values than this
 ) -> np.ndarray:               # (h, w) stored values or (h, w, 3) RGB
     "The pixels of one frame as stored, in their own integer or float type; YBR becomes RGB. Raises `DicomError`."
-    return np.asarray(decode_frame(ds, frame, size, max_pixels))
+    return np.require(decode_frame(ds, frame, size, max_pixels), requirements='W')

@@ -8,12 +8,12 @@ Docs: https://dicomcam.github.io/dicomcam/api/demo.html.md"""
 __all__ = ['run_demo']
 
 # %% ../nbs/api/36_demo.ipynb #de03ba1f
-import json, math, shutil, time
+import json, math, time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from .files import plain_progress
+from .files import plain_progress, whole
 
 # %% ../nbs/api/36_demo.ipynb #16eaf38d
 @contextmanager
@@ -33,13 +33,14 @@ def _json_value(o):
 
 # %% ../nbs/api/36_demo.ipynb #e359c097
 def _draw(h, files, masks, out):
-    "A picture of each image in the folder `out`, which is made anew."
+    "A picture of each image in the folder `out`."
     from matplotlib import pyplot as plt
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    for i, (file, mask) in enumerate(zip(files, masks)):
+    from dicomcam.folder import result_names
+    for i, (name, mask) in enumerate(zip(result_names(files), masks)):
+        path = out/f'{name}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
         fig = h.show(i, mask=mask)
-        fig.savefig(out/f'{file.stem}.png', dpi=80)
+        fig.savefig(path, dpi=80)
         plt.close(fig)
 
 def _heatmaps(learn, df, data, out):
@@ -74,43 +75,56 @@ def _training(recipe):
     why = '' if recipe['arch'] == 'xresnet50' else ' (no CUDA GPU here, where xresnet50 at 400 pixels would be trained)'
     return f'Training {recipe["arch"]} at {recipe["size"]} pixels for {recipe["epochs"]} epochs{why} ...'
 
-# %% ../nbs/api/36_demo.ipynb #1e80813c
-def run_demo(
-    data:str|Path='phantom', # As for `get_data`: 'phantom', 'siim' or a folder
-    out:str|Path='demo',     # Folder for the results; it may exist
-    seed:int=42,             # Seed of the phantom, the split and the training
-    **recipe,                # As for `train_learner`
-) -> dict: # What `metrics.json` holds, with NaN where that has null
-    """Summary, classifier, metrics, heatmaps and report of one folder. Writes summary.csv, model.safetensors,
-    metrics.json, heatmaps/*.png and report.html. Raises FileNotFoundError or ValueError if the folder will not do."""
-    from dicomcam.data import get_data
-    from dicomcam.phantom import phantom
-    plain_progress()
-    out, seconds, start = Path(out), {}, time.monotonic()
-    step = partial(_step, seconds)
-    with step('data', 'Getting the X-rays ...'): data = phantom(seed=seed) if data == 'phantom' else get_data(data)
-    from dicomcam.labels import label_table
+# %% ../nbs/api/36_demo.ipynb #642088fc
+def _results(data, files, out, seed, by, phi, recipe, seconds):
+    "Do all there is to do with the folder `data`, write it to the folder `out`; what `metrics.json` is to hold of it."
     from dicomcam.models import save_model
     from dicomcam.report import report
     from dicomcam.results import evaluate, predictions
     from dicomcam.summary import summarize
     from dicomcam.text import write_csv
-    from dicomcam.training import default_recipe, train_learner
-    files = label_table(data, by=None).file.tolist()
-    out.mkdir(parents=True, exist_ok=True)
-    with step('summary', f'Reading {len(files)} files ...'): write_csv(summarize(files), out/'summary.csv')
-    recipe = {**default_recipe(), **recipe}
-    with step('train', _training(recipe)): learn = train_learner(data, seed, **recipe)
+    from dicomcam.training import train_learner
+    step = partial(_step, seconds)
+    with step('summary', f'Reading {len(files)} files ...'): write_csv(summarize(files, phi=phi), out/'summary.csv')
+    with step('train', _training(recipe)): learn = train_learner(data, seed, data=dict(by=by), **recipe)
     save_model(learn, out/'model.safetensors')
     with step('evaluate', 'Evaluating ...'):
         df = predictions(learn)
         results = evaluate(df, positive=learn.dls.vocab[-1])
     with step('heatmaps', f'Drawing {len(df)} heatmaps ...'): heat = _heatmaps(learn, df, data, out/'heatmaps')
-    with step('report', 'Writing the report ...'): report(learn, fn=out/'report.html', path=data, title='dicomcam demo')
-    seconds['total'] = round(time.monotonic()-start, 1)
-    about = dict(data=data.name, seed=seed, recipe={**recipe, 'bs': learn.dls.bs}, split=_counts(learn.dls))
-    metrics = {**about, **results, 'heatmaps': heat, 'seconds': seconds}
-    if 'pointing_game' in heat: metrics['pointing_game'] = heat['pointing_game'][heat['method']]['value']
-    text = json.dumps(_json_value(metrics), indent=2, allow_nan=False)
-    (out/'metrics.json').write_text(text, encoding='utf-8')
+    with step('report', 'Writing the report ...'):
+        report(learn, fn=out/'report.html', path=data, title='dicomcam demo', phi=phi)
+    if 'pointing_game' in heat: results['pointing_game'] = heat['pointing_game'][heat['method']]['value']
+    return dict(recipe={**recipe, 'bs': learn.dls.bs}, split=_counts(learn.dls), heatmaps=heat, **results)
+
+# %% ../nbs/api/36_demo.ipynb #1e80813c
+def run_demo(
+    data:str|Path='phantom', # As for `get_data`: 'phantom', 'siim' or a folder
+    out:str|Path='demo',     # Folder for the results; it may exist
+    seed:int=42,             # Seed of the phantom, the split and the training
+    by:str|None='PatientID', # DICOM keyword of what one patient is; None: each image stands alone
+    phi:bool=False,          # Keep what may identify a patient: in the summary, in the report, the folder's name?
+    **recipe,                # As for `train_learner`
+) -> dict: # What `metrics.json` holds, with NaN where that has null
+    """Summary, classifier, metrics, heatmaps and report of one folder. Writes summary.csv, model.safetensors,
+    metrics.json, heatmaps/**/*.png and report.html, all of them or none. Raises FileNotFoundError or ValueError if the
+    folder will not do, OSError if `out` cannot be written."""
+    from dicomcam.data import get_data
+    from dicomcam.phantom import phantom
+    if Path(out).is_file(): raise NotADirectoryError(f'{out}: is a file. Name a folder for the results.')
+    plain_progress()
+    seconds, start = {}, time.monotonic()
+    named = phi or data in ('phantom', 'siim') # these are no secret
+    with _step(seconds, 'data', 'Getting the X-rays ...'):
+        data = phantom(seed=seed) if data == 'phantom' else get_data(data)
+    from dicomcam.labels import label_table
+    from dicomcam.training import default_recipe
+    files = label_table(data, by=None).file.tolist()
+    with whole(out) as part:
+        part.mkdir()
+        results = _results(data, files, part, seed, by, phi, {**default_recipe(), **recipe}, seconds)
+        seconds['total'] = round(time.monotonic()-start, 1)
+        metrics = dict(data=data.name if named else 'a folder', seed=seed, seconds=seconds, **results)
+        text = json.dumps(_json_value(metrics), indent=2, allow_nan=False)
+        (part/'metrics.json').write_text(text, encoding='utf-8')
     return metrics

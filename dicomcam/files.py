@@ -33,7 +33,7 @@ def private_folder(
     path = Path(path)
     for o in (*reversed(path.parents), path):
         if not o.is_dir(): o.mkdir(0o700, exist_ok=True)
-    with suppress(PermissionError): path.chmod(0o700) # not ours: its owner decides
+    with suppress(OSError): path.chmod(0o700) # not ours, or read-only
     return path
 
 # %% ../nbs/api/00_files.ipynb #7c322e25

@@ -8,7 +8,7 @@ Docs: https://dicomcam.github.io/dicomcam/api/folder.html.md"""
 __all__ = ['found_files', 'below', 'result_names', 'write_heatmaps']
 
 # %% ../nbs/api/35_folder.ipynb #67b38072
-import glob, os, unicodedata
+import glob, os, re, unicodedata
 from collections.abc import Callable, Iterable
 from itertools import chain, count
 from pathlib import Path
@@ -93,11 +93,14 @@ def _each(explain, files, n):
 _BOX = 'x', 'y', 'width', 'height', 'peak', 'mass', 'width_mm', 'height_mm'
 _FIRST, _LAST = ('file', 'heatmap'), ('class', *_BOX, 'error') # columns before and after those of the classes
 
-def _why(e, file, told):
-    "An error in one line, in which the path of the file is `told`."
-    text, path = str(e), str(file)
-    if path != file.name: text = text.replace(path, told).replace(repr(path)[1:-1], told)
-    return ' '.join(text.split())
+_QUOTED = re.compile(r"""(?<!\w)b?(['"]).*?\1(?!\w)""", re.DOTALL)
+
+def _line(text): return ' '.join(text.split())
+
+def _untold(e, file, told):
+    "An error that calls the file `told`, and leaves out what it quotes: that may be text of the header."
+    text = str(e) if str(file) == file.name else str(e).replace(str(file), told)
+    return _line(_QUOTED.sub('…', text))
 
 def _write(h, i, cls, path, dicom):
     "Of image `i` the picture, and with `dicom` the DICOM objects, as files `path`.*; its bright regions."
@@ -140,8 +143,8 @@ def write_heatmaps(
             row |= {'class': vocab[h.cls(i, cls)], **dict(zip(columns, h.probs[i].tolist()))}
             boxes = _write(h, i, cls, folder/name, dicom)
         except (OSError, ValueError) as e:
-            failed[file] = _why(e, file, str(file))
-            rows.append(row | dict(error=_why(e, file, told)))
+            failed[file] = _line(str(e))
+            rows.append(row | dict(error=failed[file] if phi else _untold(e, file, told)))
         else: rows += [row | dict(heatmap=f'{name.as_posix()}.png') | box for box in boxes]
     table = DataFrame(rows, columns=[*_FIRST, *columns, *_LAST], dtype=object) # whole numbers stay so beside blanks
     write_csv(table, folder/'heatmaps.csv')

@@ -10,7 +10,6 @@ __all__ = ['save_model', 'load_model']
 # %% ../nbs/api/19_models.ipynb #9ce7dc56
 import json
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np, torch
@@ -22,7 +21,7 @@ from safetensors.torch import save_file
 
 from .files import whole
 from .batches import Setup, any_source, dicom_block, setup_of
-from .networks import ACTIVATIONS, bare_model, build_model, dicom_learner, spoilt_weight
+from .networks import ACTIVATIONS, bare_model, build_model, dicom_learner, spoilt_weight, versions
 
 # %% ../nbs/api/19_models.ipynb #db609f06
 def save_model(
@@ -38,8 +37,7 @@ def save_model(
     if learn.network.act_cls not in ACTIVATIONS:
         known = ', '.join(ACTIVATIONS)
         raise ValueError(f'act_cls={learn.network.act_cls} cannot be saved: load_model knows {known}.')
-    versions = {name: version(name) for name in ('dicomcam', 'fastai', 'torch', 'pydicom')}
-    meta = {**asdict(learn.network), **setup.meta(), 'versions': versions}
+    meta = {**asdict(learn.network), **setup.meta(), 'versions': versions()}
     weights = {name: w.detach().cpu().contiguous() for name, w in bare_model(learn).state_dict().items()}
     spoilt = spoilt_weight(weights)
     if spoilt: raise ValueError(f'{fn}: not saved: {spoilt} holds NaN or infinity. Train with a smaller learning rate.')

@@ -26,6 +26,7 @@ from pydicom.valuerep import DA, TM
 
 from . import __version__
 from .files import whole
+from .text import for_terminal
 from .read import element_values, read_dicom, transfer_syntax
 from .decode import pixel_options
 from .heatmaps import Heatmaps
@@ -138,8 +139,9 @@ def _derived(h, i):
 def _told(h, i, cls, layer):
     "Name of the class, and a line that says what the map is."
     k = h.cls(i, cls)
-    name = str(h.classes[k]).replace('\\', '/') # a backslash parts values in DICOM
-    return name, f'{h.method} of {name} {h.probs[i, k]:.2f}, layer {h.layers[h.layer(layer)]}'
+    # text of DICOM is one line of printable characters, in which a backslash parts values
+    name, layer = (for_terminal(o)[:64].replace('\\', '/') for o in (h.classes[k], h.layers[h.layer(layer)]))
+    return name, f'{h.method} of {name} {h.probs[i, k]:.2f}, layer {layer}'
 
 def _has_frames(src):
     "Does a reference to `src` have to name the frame? A Secondary Capture of the plain kind has no frame numbers."

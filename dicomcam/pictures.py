@@ -67,7 +67,8 @@ def plot_uri(
     fig.savefig(svg, format='svg', metadata=dict(Date=None))
     legend = ax.get_legend_handles_labels()[1]
     texts = [o.get_text().replace('\n', ' ') for o in ax.texts]
-    return dict(uri=_uri(svg.getvalue(), 'image/svg+xml'), alt='; '.join([ax.get_title(), *legend, *texts]))
+    alt = '; '.join([ax.get_title(), *legend, *texts]).replace(r'\$', '$') # no mathematics in HTML
+    return dict(uri=_uri(svg.getvalue(), 'image/svg+xml'), alt=alt)
 
 # %% ../nbs/api/33_pictures.ipynb #pic00011
 def outline_path(

@@ -8,13 +8,15 @@ Docs: https://dicomcam.github.io/dicomcam/api/pixels.html.md"""
 __all__ = ['grey_header', 'grey_levels', 'level_counts', 'modality', 'voi', 'dicom_pixels']
 
 # %% ../nbs/api/03_pixels.ipynb #204fd693
+from functools import partial
+from math import ceil
+
 import numpy as np
 from PIL import Image
 from pydicom.dataset import Dataset
-from pydicom.pixels.processing import apply_color_lut
 
 from .read import DicomError, MAX_PIXELS, dicom_errors, element_values, name_of, read_dicom, transfer_syntax
-from .decode import stored_pixels
+from .decode import decode_frame
 
 # %% ../nbs/api/03_pixels.ipynb #52856571
 _GREY = ('RescaleSlope', 'RescaleIntercept', 'ModalityLUTSequence', 'VOILUTSequence', 'WindowCenter', 'WindowWidth',
@@ -37,16 +39,42 @@ def grey_header(
 def _photometric(ds): return str(ds.get('PhotometricInterpretation')).strip().upper()
 
 # %% ../nbs/api/03_pixels.ipynb #4c204f5e
+def _range(x):
+    "All integers from the least value of `x` to the largest; None if they are more than 16 bits hold, or no integers."
+    if x.dtype == np.uint8: return np.arange(256)
+    if x.dtype.kind not in 'iu': return None
+    low, high = int(x.min()), int(x.max())
+    return np.arange(low, high+1) if high-low < 1<<16 else None
+
 def grey_levels(
     x:np.ndarray, # Any array of numbers
 ) -> tuple:       # (values, index): `values[index]` is `x`
     "The grey levels of `x`, ascending, which may include some that do not occur; and where in them each pixel is."
-    if x.dtype == np.uint8: return np.arange(256), x
-    if x.dtype.kind in 'iu':
-        low, high = int(x.min()), int(x.max())
-        if high-low < 1<<16: return np.arange(low, high+1), x if low == 0 else x.astype(np.int64)-low
+    values = _range(x)
+    if values is not None: return values, x if values[0] == 0 else x.astype(np.int64)-values[0]
     values, index = np.unique(x, return_inverse=True)
     return values, index.reshape(x.shape)
+
+# %% ../nbs/api/03_pixels.ipynb #c8f957d3
+_PIECE = 1<<16 # pixels
+
+def _indices(x, first):
+    "Pieces of `x`, flat, as indices that begin at 0 for `first`; and where each of them begins."
+    flat = x.reshape(-1)
+    for i in range(0, len(flat), _PIECE):
+        index = flat[i:i+_PIECE].astype(np.intp)
+        if first: index -= first
+        yield i, index
+
+def _look_up(x, values, table):
+    "The entries of `table` for the pixels of `x`; they stand for `values`, which are consecutive."
+    y = np.empty((x.size, *table.shape[1:]), np.float32)
+    for i, index in _indices(x, values[0]): np.take(table, index, axis=0, out=y[i:i+len(index)], mode='clip')
+    return y.reshape(x.shape + table.shape[1:])
+
+def _count(x, values):
+    "How often each of the consecutive `values` occurs in `x`."
+    return sum(np.bincount(index, minlength=len(values)) for _, index in _indices(x, values[0]))
 
 # %% ../nbs/api/03_pixels.ipynb #5806779c
 def level_counts(
@@ -56,8 +84,9 @@ def level_counts(
     if not isinstance(x, Image.Image) and x.dtype == np.uint8: x = Image.fromarray(x.reshape(len(x), -1))
     if isinstance(x, Image.Image): values, n = np.arange(256), np.array(x.histogram())
     else:
-        values, index = grey_levels(x)
-        n = np.bincount(index.ravel(), minlength=len(values))
+        values = _range(x)
+        if values is None: return np.unique(x, return_counts=True)
+        n = _count(x, values)
     return values[n>0], n[n>0]
 
 # %% ../nbs/api/03_pixels.ipynb #299bce9f
@@ -68,28 +97,46 @@ def _signed(n):
 def _little(ds): return transfer_syntax(ds).is_little_endian
 
 # %% ../nbs/api/03_pixels.ipynb #3fd24960
-def _lookup(x, descriptor, data, little=True):
+def _entries(descriptor): return int(descriptor[0])%65536 or 65536
+
+def _lookup(x, descriptor, data, little=True, signed=False):
     "`x` through a table with (entries, first value mapped, bits): values outside take an end entry (PS3.3 C.11.1.1)."
-    n, first, _ = (int(o) for o in descriptor)
-    n = n%65536 or 65536
-    if x.size and x.min() < 0: first = _signed(first)
+    n, first = _entries(descriptor), int(descriptor[1])
+    if signed: first = _signed(first)
     if isinstance(data, bytes):
         two_bytes = '<u2' if little else '>u2'
         data = np.frombuffer(data, 'u1' if len(data) < 2*n else two_bytes)
-    table = np.asarray(data)[:n].astype(np.float64)
+    table = np.atleast_1d(np.asarray(data))[:n].astype(np.float64)
+    if not len(table): raise DicomError('a look-up table has no entries')
     return table[np.clip(np.round(x)-first, 0, len(table)-1).astype(int)]
 
+def _largest(descriptor):
+    "The largest entry that a table can have."
+    bits = int(descriptor[2])
+    if not 1 <= bits <= 16: raise DicomError(f'a look-up table has entries of {bits} bits')
+    return 2.**bits-1
+
 # %% ../nbs/api/03_pixels.ipynb #0c3c6960
+def _rescale(h):
+    "Slope and intercept, finite."
+    both = [float(h.get(k, neutral)) for k, neutral in (('RescaleSlope', 1), ('RescaleIntercept', 0))]
+    if not np.isfinite(both).all():
+        raise DicomError('RescaleSlope {} or RescaleIntercept {} is not finite'.format(*both))
+    return both
+
 def modality(
     x:np.ndarray,  # Stored values
     ds:Dataset,
     frame:int=0,   # Which frame, from 0
 ) -> np.ndarray:   # float64, in the units of the modality
-    "Modality LUT, or rescale slope (default 1) and intercept (default 0) (PS3.3 C.11.1)."
+    "Modality LUT, or rescale slope (default 1) and intercept (default 0) (PS3.3 C.11.1). Raises `DicomError`."
     h = grey_header(ds, frame)
     lut = h.get('ModalityLUTSequence')
-    if lut: return _lookup(x, lut[0].LUTDescriptor, lut[0].LUTData, _little(ds))
-    return x*float(h.get('RescaleSlope', 1)) + float(h.get('RescaleIntercept', 0))
+    if lut: return _lookup(x, lut[0].LUTDescriptor, lut[0].LUTData, _little(ds), bool(ds.get('PixelRepresentation')))
+    slope, intercept = _rescale(h)
+    y = x*slope
+    y += intercept # in place: an image of floats may be large
+    return y
 
 # %% ../nbs/api/03_pixels.ipynb #5a59e4e7
 def _window(x, width, center, function='LINEAR'):
@@ -108,8 +155,17 @@ def _file_window(h, i):
     return (width, center, function) if np.isfinite(width+center) and width >= least else None
 
 # %% ../nbs/api/03_pixels.ipynb #852e847b
-def _percentiles(x, n):
-    "The 0.5th and 99.5th percentile of values `x` that occur `n` times each; if equal, the least and the largest."
+def _percentiles_once(x):
+    "`_percentiles` of values that occur once each, which it puts in another order: that saves memory."
+    if not len(x): return 0., 1.
+    ranks = [ceil(q/100*len(x))-1 for q in (.5, 99.5)]
+    x.partition(ranks)
+    low, high = x[ranks]
+    return (low, high) if low != high else (x.min(), x.max())
+
+def _percentiles(x, n=None):
+    "The 0.5th and 99.5th percentile of values `x` that occur `n` times each, or once; if equal, least and largest."
+    if n is None: return _percentiles_once(x)
     order = np.argsort(x)
     below = np.cumsum(n[order])
     if not below[-1]: return 0., 1.
@@ -125,6 +181,30 @@ def _screen_bits(ds, h):
     return bits if bits <= 8 and not ds.get('PixelRepresentation') and not physical else None
 
 # %% ../nbs/api/03_pixels.ipynb #d005d682
+def _signed_input(ds, h):
+    "May the values that a VOI LUT takes be negative?"
+    if 'ModalityLUTSequence' in h: return False
+    slope, intercept = _rescale(h)
+    return bool(ds.get('PixelRepresentation')) or slope < 0 or intercept < 0
+
+def _to_screen(ds, frame, window, levels):
+    "Function from modality units to [0, 1]; `levels()` are the values, and how often each occurs, for `_percentiles`."
+    if isinstance(window, (tuple, list)): return partial(_window, width=window[0], center=window[1])
+    h = grey_header(ds, frame)
+    i = window or 0
+    luts = h.get('VOILUTSequence') or []
+    if i < len(luts) and 'LUTData' in luts[i]:
+        descriptor, data, signed = luts[i].LUTDescriptor, luts[i].LUTData, _signed_input(ds, h)
+        return lambda x: np.clip(_lookup(x, descriptor, data, _little(ds), signed)/_largest(descriptor), 0, 1)
+    file_window = _file_window(h, i)
+    if file_window: return lambda x: _window(x, *file_window)
+    if window is not None: raise DicomError(f'{name_of(ds)}: has no window {window}')
+    bits = _screen_bits(ds, h)
+    if bits: return lambda x: np.clip(x/(2**bits-1), 0, 1)
+    low, high = _percentiles(*levels())
+    return lambda x: np.clip((x-low)/((high-low) or 1), 0, 1)
+
+# %% ../nbs/api/03_pixels.ipynb #ac304d65
 def voi(
     x:np.ndarray, # Values in modality units
     ds:Dataset,
@@ -136,20 +216,8 @@ def voi(
 
     Else, for 8 bits or fewer without modality transform, the whole range; else what lies between the 0.5th and the
     99.5th percentile. Raises `DicomError` where the file has no window `window`."""
-    if isinstance(window, (tuple, list)): return _window(x, *window)
-    h = grey_header(ds, frame)
-    i = window or 0
-    luts = h.get('VOILUTSequence') or []
-    if i < len(luts) and 'LUTData' in luts[i]:
-        y = _lookup(x, luts[i].LUTDescriptor, luts[i].LUTData, _little(ds))
-        return np.clip(y/(2.**int(luts[i].LUTDescriptor[2])-1), 0, 1)
-    file_window = _file_window(h, i)
-    if file_window: return _window(x, *file_window)
-    if window is not None: raise DicomError(f'{name_of(ds)}: has no window {window}')
-    bits = _screen_bits(ds, h)
-    if bits: return np.clip(x/(2**bits-1), 0, 1)
-    low, high = _percentiles(x, counts() if counts else np.ones(x.shape, int))
-    return np.clip((x-low)/((high-low) or 1), 0, 1)
+    def levels(): return (x, counts()) if counts else (x.flatten(),)
+    return _to_screen(ds, frame, window, levels)(x)
 
 # %% ../nbs/api/03_pixels.ipynb #93f50b2f
 def _padding(values, ds, h):
@@ -158,37 +226,77 @@ def _padding(values, ds, h):
     if first is None: return np.isnan(values)
     ends = first, h.get('PixelPaddingRangeLimit', first)
     if ds.get('PixelRepresentation'): ends = [_signed(o) for o in ends]
-    return (values >= min(ends)) & (values <= max(ends))
+    return (values >= min(ends)) & (values <= max(ends)) | np.isnan(values)
 
 # %% ../nbs/api/03_pixels.ipynb #82a02863
-def _grey(x, ds, frame, window):
-    "Stored values to display values, PS3.3 C.11 in order."
-    h = grey_header(ds, frame)
-    values, index = grey_levels(x)
-    padding = _padding(values, ds, h)
-    def counts(): return np.bincount(index.ravel(), minlength=len(values)) * ~padding
-    y = voi(modality(values, ds, frame), ds, frame, window, counts)
+def _display(ds, frame, window, h, levels):
+    "Function from stored values to display values, float32; `levels()` as for `_to_screen`."
     shape = str(h.get('PresentationLUTShape')).strip().upper()
-    if _photometric(ds) == 'MONOCHROME1' or shape == 'INVERSE': y = 1-y
-    y[padding] = 0
-    return np.take(np.nan_to_num(y).astype(np.float32), index, mode='clip')
+    inverse = _photometric(ds) == 'MONOCHROME1' or shape == 'INVERSE'
+    to_screen = _to_screen(ds, frame, window, levels)
+    def display(values):
+        y = to_screen(modality(values, ds, frame))
+        y = np.float32(1-y if inverse else y)
+        y[_padding(values, ds, h)] = 0
+        if np.isnan(y).any(): raise DicomError('some of its values are no numbers once they are scaled')
+        return y
+    return display
+
+def _grey(x, ds, frame, window):
+    "Stored values to display values, PS3.3 C.11 in order: by their levels where these are few, else piece by piece."
+    h = grey_header(ds, frame)
+    values = _range(x)
+    if values is not None:
+        def levels(): return modality(values, ds, frame), _count(x, values) * ~_padding(values, ds, h)
+        return _look_up(x, values, _display(ds, frame, window, h, levels)(values))
+    flat = x.reshape(-1)
+    display = _display(ds, frame, window, h, lambda: (modality(flat[~_padding(flat, ds, h)], ds, frame),))
+    return np.concatenate([display(flat[i:i+_PIECE]) for i in range(0, len(flat), _PIECE)]).reshape(x.shape)
 
 # %% ../nbs/api/03_pixels.ipynb #98edfe41
+def _segments(words, n, start=0, count=None, table=()):
+    "The first `n` entries of a segmented table (PS3.3 C.7.9.2): discrete, linear and indirect segments."
+    table, at = list(table), start
+    while at+2 < len(words) and len(table) < n and count != 0:
+        kind, length, value = (int(o) for o in words[at:at+3])
+        if not length: raise DicomError('a segmented palette has a segment of no length')
+        if kind == 0: table += words[at+2:at+2+length].tolist()
+        elif kind == 1: table += np.linspace(table[-1], value, length+1)[1:].round().tolist()
+        elif kind == 2 and count is None: # a pointer, in bytes, of 32 bits
+            offset = int.from_bytes(words[at+2:at+2+4//words.itemsize].tobytes(), 'little')
+            table = _segments(words, n, offset//words.itemsize, length, table)
+        else: raise DicomError(f'a segmented palette has a segment of kind {kind}')
+        at += {0: 2+length, 1: 3, 2: 2+4//words.itemsize}[kind]
+        if count: count -= 1
+    return table
+
+def _palette_table(ds, colour):
+    "Descriptor, entries and largest entry of a palette's `colour`."
+    descriptor = ds[f'{colour}PaletteColorLookupTableDescriptor'].value
+    largest, segmented = _largest(descriptor), ds.get(f'Segmented{colour}PaletteColorLookupTableData')
+    if segmented:
+        kind = 'u1' if descriptor[2] <= 8 else '<u2' if _little(ds) else '>u2'
+        words = np.frombuffer(segmented, kind).astype(kind.replace('>', '<'))
+        return descriptor, _segments(words, _entries(descriptor)), largest
+    data = ds[f'{colour}PaletteColorLookupTableData'].value
+    return descriptor, data, 255 if len(data) < 2*_entries(descriptor) else largest
+
 def _palette(x, ds):
     "Indices to RGB (PS3.3 C.7.6.3.1.5)."
-    if 'SegmentedRedPaletteColorLookupTableData' in ds:
-        y = apply_color_lut(x, ds)
-        return (y[..., :3]/np.iinfo(y.dtype).max).astype(np.float32)
-    values, index = grey_levels(x)
+    values, signed = _range(x), bool(ds.get('PixelRepresentation'))
+    if values is None: raise DicomError('it is a palette image of more than 16 bits')
     channels = []
     for colour in ('Red', 'Green', 'Blue'):
-        descriptor = ds[f'{colour}PaletteColorLookupTableDescriptor'].value
-        data = ds[f'{colour}PaletteColorLookupTableData'].value
-        one_byte = len(data) < 2*(descriptor[0] or 65536)
-        largest = 255 if one_byte else 2.**int(descriptor[2])-1
-        channels.append(_lookup(values, descriptor, data, _little(ds))/largest)
-    y = np.clip(np.stack(channels, -1), 0, 1)
-    return np.take(y.astype(np.float32), index, axis=0, mode='clip')
+        descriptor, data, largest = _palette_table(ds, colour)
+        channels.append(_lookup(values, descriptor, data, _little(ds), signed)/largest)
+    return _look_up(x, values, np.clip(np.stack(channels, -1), 0, 1).astype(np.float32))
+
+def _colour(x, ds):
+    "RGB as stored, to [0, 1]. Where BitsStored is too small for the values, the bits of their type count."
+    if x.dtype.kind != 'u': raise DicomError(f'it is a colour image of {x.dtype.name}')
+    bits = int(ds.get('BitsStored') or 8*x.itemsize)
+    if int(x.max())>>bits: bits = 8*x.itemsize
+    return np.divide(x, 2.**bits-1, dtype=np.float32)
 
 # %% ../nbs/api/03_pixels.ipynb #162f2632
 def dicom_pixels(
@@ -200,8 +308,8 @@ def dicom_pixels(
 ) -> np.ndarray:               # float32 in [0, 1], (H, W) or, in colour, (H, W, 3); bright is bright
     "The pixels that a viewer would show. Raises `DicomError`."
     ds = read_dicom(src, max_pixels=max_pixels)
-    x = stored_pixels(ds, frame, size, max_pixels)
-    with dicom_errors(name_of(ds), 'displayed'):
-        if x.ndim == 3: return (x/(2.**int(ds.get('BitsStored') or 8*x.itemsize)-1)).astype(np.float32)
+    x = np.asarray(decode_frame(ds, frame, size, max_pixels))
+    with dicom_errors(name_of(ds), 'displayed'), np.errstate(all='ignore'):
+        if x.ndim == 3: return _colour(x, ds)
         if _photometric(ds) == 'PALETTE COLOR': return _palette(x, ds)
         return _grey(x, ds, frame, window)

@@ -8,7 +8,7 @@ Docs: https://dicomcam.github.io/dicomcam/api/training.html.md"""
 __all__ = ['default_recipe', 'trial_step', 'fill_card', 'train_learner', 'demo_learner']
 
 # %% ../nbs/api/20_training.ipynb #7df63dc2
-import copy, hashlib, json
+import copy, hashlib, json, warnings
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,10 +19,10 @@ from fastai.torch_core import no_random, set_seed
 
 from .labels import label_table
 from .batches import dicom_dls
-from .networks import dicom_learner
+from .networks import bare_model, dicom_learner, spoilt_weight
 from .checkpoints import Checkpoint
 from .models import load_model, save_model
-from .files import cache_folder
+from .files import cache_folder, private_folder
 
 # %% ../nbs/api/20_training.ipynb #ffcea08f
 def default_recipe() -> dict: # arch, size, bs (None: what `fill_card` finds), epochs, lr
@@ -61,6 +61,17 @@ def fill_card(
     for dl in learn.dls.loaders: dl.bs = bs
     return bs
 
+# %% ../nbs/api/20_training.ipynb #0aeaaac8
+def _check_trained(learn, lr):
+    "Raise ValueError where training has left no network that says anything; warn where it is doubtful."
+    if spoilt_weight(bare_model(learn).state_dict()):
+        raise ValueError('The training diverged: the weights became NaN or infinite. '
+            f'Try a smaller learning rate than {lr:g}.')
+    losses = getattr(learn, 'recorder', None) and learn.recorder.losses
+    if losses and not losses[-1].isfinite():
+        warnings.warn('The training loss was not a number at some step. Look twice at the results, or try a smaller '
+            f'learning rate than {lr:g}.')
+
 # %% ../nbs/api/20_training.ipynb #839f45b7
 def train_learner(
     path:str|Path,                 # Labelled folder, as for `dicom_dls`
@@ -71,7 +82,8 @@ def train_learner(
     data:dict=None,                # Arguments for `dicom_dls`
     **recipe                       # In place of parts of `default_recipe()`; and other arguments for `dicom_learner`
 ) -> Learner:
-    "Seed, dataloaders by patient, network, `fit_flat_cos`. On a CPU the same seed and threads give the same weights."
+    """Seed, dataloaders by patient, network, `fit_flat_cos`. On a CPU the same seed and threads give the same weights.
+    Raises ValueError where there is nothing to train on, the training diverged, or `checkpoint` is of another."""
     options = {**default_recipe(), **recipe}
     size, bs, epochs, lr = (options.pop(name) for name in ('size', 'bs', 'epochs', 'lr'))
     set_seed(seed, reproducible=True)
@@ -80,10 +92,18 @@ def train_learner(
     if bs is None and fit: fill_card(learn)
     cbs = []
     if checkpoint:
-        kept = Checkpoint(checkpoint, resume)
+        kept = Checkpoint(checkpoint, resume, recipe=dict(seed=seed, lr=lr, **options))
         kept.check(learn, epochs)
         cbs.append(kept)
-    if fit: learn.fit_flat_cos(epochs, lr, cbs=cbs)
+    if not fit: return learn
+    if not len(learn.dls.train):
+        raise ValueError(f'{len(learn.dls.train_ds)} images to train on make no batch of {learn.dls.bs}. '
+            'Ask for a smaller one, bs=1 to bs=8 say, or add images.')
+    try: learn.fit_flat_cos(epochs, lr, cbs=cbs)
+    except ValueError: # of scikit-learn's metrics, which take no NaN
+        _check_trained(learn, lr)
+        raise
+    _check_trained(learn, lr)
     return learn
 
 # %% ../nbs/api/20_training.ipynb #7638c1eb
@@ -93,7 +113,7 @@ def _demo_file(path, seed, recipe):
     files = [[file.name, file.stat().st_size] for file in table.file]
     key = json.dumps([version('dicomcam'), default_recipe(), recipe, seed, files, table.label.tolist()])
     digest = hashlib.sha256(key.encode()).hexdigest()[:12]
-    return cache_folder('models')/f'{Path(path).name}-{digest}.safetensors'
+    return private_folder(cache_folder('models'))/f'{Path(path).name}-{digest}.safetensors'
 
 def demo_learner(
     path:str|Path,         # Labelled folder, as for `dicom_dls`

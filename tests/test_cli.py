@@ -47,7 +47,7 @@ def check(out, n_valid, vocab):
     assert set(m['split']) == {f'{s}, {v}' for s in ('train', 'valid') for v in vocab}
     assert m['images'] == sum(v['images'] for k, v in m['split'].items() if k.startswith('valid')) == n_valid
     assert {'data', 'summary', 'train', 'evaluate', 'heatmaps', 'report'} <= set(m['seconds'])
-    pngs = list((out/'heatmaps').glob('*.png'))
+    pngs = list((out/'heatmaps').rglob('*.png'))
     assert len(pngs) == n_valid and all(Image.open(o).size[0] > 300 for o in pngs)
     assert (out/'model.safetensors').stat().st_size > 1e6
     assert '</html>' in (out/'report.html').read_text(encoding='utf-8')[-200:]
@@ -67,6 +67,18 @@ def test_demo_on_a_folder(folder, tmp_path):
     one_line(dicomcam('demo', '--data', folder, '--out', tmp_path/'out', *small), 'is there already', '--force')
     assert {o: o.stat().st_mtime_ns for o in (tmp_path/'out').rglob('*')} == before
 
+def test_films_that_tell_no_patient(folder, tmp_path):
+    "Without PatientID, as anonymised films are: a command says what to do, and does it"
+    d = shutil.copytree(folder, tmp_path/'films')
+    for o in d.rglob('*.dcm'):
+        ds = pydicom.dcmread(o)
+        del ds.PatientID
+        ds.save_as(o)
+    one_line(dicomcam('train', d, '--out', tmp_path/'m.safetensors', *small), 'no file has a PatientID', '--by none')
+    for args in (('train', d, '--out', tmp_path/'m.safetensors'), ('report', tmp_path/'m.safetensors', d, '--out', tmp_path/'r.html')):
+        r = dicomcam(*args, *(small if args[0] == 'train' else ()), '--by', 'none')
+        assert r.returncode == 0, r.stderr
+
 def test_demo_on_real_films(xrays, tmp_path):
     r = dicomcam('demo', '--data', xrays, '--out', tmp_path/'out', *small)
     assert r.returncode == 0, r.stderr
@@ -78,7 +90,7 @@ def test_demo_with_three_classes_and_names_that_hold_nan(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path/'NaNette')
     names = ['NaNa', 'c1', 'c2']
     pd.read_csv(copy/'labels.csv').assign(label=lambda df: [names[i%3] for i in range(len(df))]).to_csv(copy/'labels.csv', index=False)
-    here('demo', '--data', copy, '--out', tmp_path/'out', *small)
+    here('demo', '--data', copy, '--out', tmp_path/'out', '--phi', *small)
     m = json.loads((tmp_path/'out'/'metrics.json').read_text(encoding='utf-8'), parse_constant=pytest.fail) # NaN is not JSON
     assert m['positive'] == 'c2' and m['data'] == 'NaNette'
     assert {o.split(', ')[1] for o in m['split']} == set(names)
@@ -136,6 +148,61 @@ def test_what_is_there_stays_and_what_fails_leaves_nothing(tmp_path):
     (tmp_path/'empty').mkdir()
     with cli._output(tmp_path/'empty', False, folder=True) as part: part.mkdir()
 
+@pytest.mark.posix
+@pytest.mark.parametrize('command', ['summary', 'train', 'demo'])
+def test_out_is_tried_before_the_work(tmp_path, command):
+    "The folder to work on is not there, but --out is what is told of"
+    end = '.csv' if command == 'summary' else ''
+    (tmp_path/f'folder{end}').mkdir()
+    (tmp_path/f'file{end}').write_text('mine')
+    wrong = 'file' if command == 'demo' else 'folder'
+    outs = {tmp_path/f'{wrong}{end}': 'and is no', tmp_path/f'file{end}'/f'x{end}': 'cannot be written', tmp_path/'new'/f'{"x"*255}{end}': 'cannot be written'}
+    work = ['--data', 'nowhere'] if command == 'demo' else ['nowhere']
+    for out, says in outs.items(): one_line(here(command, *work, '--force', '--out', out, status=2), str(out), says)
+    if command != 'summary':
+        for out in '', '-': one_line(here(command, *work, '--out', out, status=2), 'no name for a result')
+        one_line(here(command, *work, '--force', '--out', '/dev/null', status=2), '/dev/null: is there')
+    one_line(here(command, *work, '--out', status=2), "'--out' requires")
+    assert sorted(o.name for o in tmp_path.iterdir()) == [f'file{end}', f'folder{end}'] and (tmp_path/f'file{end}').read_text() == 'mine'
+
+def test_checkpoint_is_tried_before_the_work(tmp_path):
+    one_line(here('train', 'nowhere', '--checkpoint', tmp_path, '--out', tmp_path/'m', status=2), 'is no file')
+    one_line(here('train', 'nowhere', '--checkpoint', tmp_path/'m', '--out', tmp_path/'m', status=2), 'cannot be the model and its checkpoint')
+
+def test_two_commands_with_one_place(tmp_path):
+    "Without --force the first to end has it, file or folder, whole"
+    for name, folder in ('file', False), ('folder', True):
+        def write(part, text):
+            if folder: part.mkdir()
+            (part/'a' if folder else part).write_text(text)
+        with pytest.raises(FileExistsError, match='there already'):
+            with cli._output(tmp_path/name, False, folder) as slow:
+                with cli._output(tmp_path/name, False, folder) as fast: write(fast, 'fast')
+                write(slow, 'slow')
+        assert (tmp_path/name/'a' if folder else tmp_path/name).read_text() == 'fast'
+    assert sorted(o.name for o in tmp_path.iterdir()) == ['file', 'folder']
+
+def test_a_full_disk_is_one_line_whatever_a_library_calls_it(folder, model, tmp_path):
+    resource = pytest.importorskip('resource')
+    with pytest.raises(OSError, match='x: could not be written'), cli._output(tmp_path/'x', False): raise RuntimeError('No space left on device')
+    was = resource.getrlimit(resource.RLIMIT_FSIZE)
+    files = sorted((folder/'train').rglob('*.dcm'))[:2]
+    for args in ['summary', folder, '--no-pixels', '--out', tmp_path/'s.csv'], ['report', model, folder, '--held-out', '--cases', 1, '--out', tmp_path/'r.html'], ['explain', model, *files, '--out', tmp_path/'maps']:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, was[1]))
+        try: r = CliRunner().invoke(main, [*map(str, args)])
+        finally: resource.setrlimit(resource.RLIMIT_FSIZE, was)
+        assert r.exit_code == 2 and str(args[-1]) in r.stderr.splitlines()[-1] and 'File too large' in r.stderr.splitlines()[-1], r.output
+    assert not list(tmp_path.iterdir())
+
+def test_a_fault_of_ours_is_called_so(tmp_path, monkeypatch):
+    def broken(folder): raise KeyError('\x1b[31mcolumn\n')
+    monkeypatch.setattr('dicomcam.summary.find_dicoms', broken)
+    r = here('summary', '.', '--out', tmp_path/'s.csv', status=70)
+    one_line(r, 'a fault of dicomcam: KeyError', 'issues', '--debug')
+    monkeypatch.setattr('dicomcam.summary.find_dicoms', lambda folder: 1/0 if folder else None)
+    assert 'Traceback' in here('--debug', 'summary', '.', '--out', tmp_path/'s.csv', status=70).stderr
+    one_line(here('--colour', status=2), '--colour')
+
 @pytest.fixture(scope='module')
 def many(folder, tmp_path_factory):
     "20000 X-rays (30, each under many names): no command is through with them before a test can stop it"
@@ -150,7 +217,7 @@ def test_ctrl_c_leaves_nothing_and_exits_130(folder, many, model, tmp_path, when
     args, sign = dict(train=(['train', folder, *small[:4], '--epochs', '999999'], 'train_loss'), # the head of fastai's table
                       explain=(['explain', model, many], 'Heatmaps of'), summary=(['summary', many, '--out', 'x.csv'], 'Reading'))[when]
     p = subprocess.Popen([sys.executable, '-u', '-m', 'dicomcam', *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
-                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) # which a shell's background jobs lack
+                         preexec_fn=lambda: [signal.signal(o, signal.SIG_DFL) for o in (signal.SIGINT, signal.SIGHUP)]) # which background jobs and nohup ignore
     try:
         while sign not in (line := p.stdout.readline()): assert line, p.stderr.read()
         p.send_signal(sig)

@@ -463,3 +463,333 @@ def test_level_counts(dtype, shape):
         e,m = np.unique(x, return_counts=True)
         np.testing.assert_array_equal(v, e)
         np.testing.assert_array_equal(n, m)
+
+
+# --- codestreams that are cut off ---
+
+def waves(bits, colour=False):
+    "A smooth picture with some noise, up to its last row"
+    h, w = np.mgrid[:48, :40]
+    x = (np.sin(h/9)*np.cos(w/7)+1)/2*(.7*2**bits) + np.random.default_rng(0).integers(0, 2**bits//9, h.shape)
+    x = x.astype(np.uint8 if bits <= 8 else np.uint16)
+    return np.stack([x, x[::-1], x[:,::-1]], -1) if colour else x
+
+def pillow(x, **kwargs):
+    from PIL import Image
+    f = io.BytesIO()
+    Image.fromarray(x).save(f, 'JPEG', **kwargs)
+    return f.getvalue()
+
+def by_pydicom(x, bits, ts):
+    ds = image(x, bits)
+    ds.compress(ts)
+    return pydicom.encaps.get_frame(ds.PixelData, 0, number_of_frames=1)
+
+def by_imagecodecs(function, x, **kwargs):
+    ic = pytest.importorskip('imagecodecs', reason='the [codecs] extra is not installed')
+    return bytes(getattr(ic, function)(x, **kwargs))
+
+CODESTREAMS = { # name: (transfer syntax, bits, colour, encoder)
+    'baseline': (uid.JPEGBaseline8Bit, 8, False, pillow),
+    'baseline colour': (uid.JPEGBaseline8Bit, 8, True, pillow),
+    'baseline restarts': (uid.JPEGBaseline8Bit, 8, False, lambda x: pillow(x, restart_marker_blocks=4)),
+    'extended 12': (uid.JPEGExtended12Bit, 12, False, lambda x: by_imagecodecs('jpeg8_encode', x, bitspersample=12, level=95)),
+    'extended 8': (uid.JPEGExtended12Bit, 8, True, lambda x: by_imagecodecs('jpeg8_encode', x, level=95)),
+    'lossless 12': (uid.JPEGLosslessSV1, 12, False, lambda x: by_imagecodecs('jpeg8_encode', x, lossless=True, bitspersample=12)),
+    'lossless 8': (uid.JPEGLossless, 8, False, lambda x: by_imagecodecs('jpeg8_encode', x, lossless=True)),
+    'lossless colour': (uid.JPEGLossless, 8, True,
+        lambda x: by_imagecodecs('jpeg8_encode', x, lossless=True, colorspace='rgb', outcolorspace='rgb')),
+    'jpeg-ls': (uid.JPEGLSLossless, 12, False, lambda x: by_pydicom(x, 12, uid.JPEGLSLossless)),
+    'jpeg 2000': (uid.JPEG2000Lossless, 12, False, lambda x: by_pydicom(x, 12, uid.JPEG2000Lossless)),
+    'htj2k': (uid.HTJ2KLossless, 16, False, lambda x: by_imagecodecs('htj2k_encode', x, reversible=True)),
+    'rle': (uid.RLELossless, 12, False, lambda x: by_pydicom(x, 12, uid.RLELossless))}
+JPEGS = [o for o in CODESTREAMS if CODESTREAMS[o][0] in uid.JPEGTransferSyntaxes]
+
+def coded(name):
+    "The picture, its codestream without padding, and a function that makes a file of a codestream"
+    ts, bits, colour, encode = CODESTREAMS[name]
+    x = waves(bits, colour)
+    src = encode(x)
+    if ts != uid.RLELossless: src = src[:src.rindex(b'\xff\xd9')+2]
+    return x, src, lambda o: encoded_frame(x, o, ts, bits)
+
+@pytest.mark.parametrize('end', ['nothing', 'zeros', 'marker'])
+@pytest.mark.parametrize('name', CODESTREAMS)
+def test_cut_codestream(name, end, tmp_path):
+    "Wherever it ends, and whatever follows: an error, never grey; in the table too"
+    from dicomcam.summary import summarize
+    if (name, end) == ('rle', 'zeros'): pytest.skip('zeros are data of RLE')
+    x, src, as_file = coded(name)
+    after = dict(nothing=b'', zeros=bytes(len(src)//2), marker=b'\xff\xd9')[end]
+    for part in (.4, .6, .8, .95):
+        b = as_file(src[:int(len(src)*part)] + after)
+        with pytest.raises(DicomError, match='cannot be decoded'): dicom_pixels(b)
+        with pytest.raises(DicomError, match='cannot be decoded'): stored_pixels(read_dicom(b))
+    row, = summarize([write(tmp_path/'a.dcm', b)], n_jobs=1, progress=False).to_dict('records')
+    assert 'cannot be decoded' in row['error'] and not row.get('img_mean', 0) > 0
+
+@pytest.mark.parametrize('name', JPEGS)
+def test_end_marker_alone_is_missing(name):
+    "The data are whole, and some file lacks the marker, or has padding after it: the same picture"
+    x, src, as_file = coded(name)
+    whole = stored_pixels(read_dicom(as_file(src)))
+    for o in (src[:-2], src[:-1], src[:-2]+bytes(9), src+bytes(99)):
+        np.testing.assert_array_equal(stored_pixels(read_dicom(as_file(o))), whole)
+
+@pytest.mark.parametrize('progressive', [False, True])
+def test_the_last_pixel_may_be_grey(progressive):
+    "128 is what a JPEG decoder paints where data are missing; it is no proof that they are"
+    x = waves(8)
+    x[-16:,-16:] = 128
+    b = encoded_frame(x, pillow(x, quality=95, progressive=progressive), uid.JPEGBaseline8Bit, 8)
+    assert stored_pixels(read_dicom(b))[-1,-1] == 128
+
+
+# --- bombs: a small file that takes seconds or gigabytes ---
+
+def refused(b, words):
+    "It is refused, before it is decoded"
+    for f in (dicom_pixels, lambda o: stored_pixels(read_dicom(o))):
+        t = time.process_time()
+        with pytest.raises(DicomError, match=words): f(b)
+        assert time.process_time()-t < 1
+
+def test_scans_without_end():
+    "A progressive JPEG of 3,000 scans over 4,000 x 4,000 pixels: it would take 20 s"
+    src = pillow(np.zeros((8,8), np.uint8), progressive=True)
+    i = src.index(b'\xff\xc2')
+    src = src[:i+5] + (4000).to_bytes(2, 'big')*2 + src[i+9:]
+    last, end = src.rindex(b'\xff\xda'), src.rindex(b'\xff\xd9')
+    b = encoded_frame(np.zeros((8,8), np.uint8), src[:end] + src[last:end]*3000 + b'\xff\xd9', uid.JPEGBaseline8Bit, 8,
+        Rows=4000, Columns=4000)
+    refused(b, 'scans')
+
+@pytest.mark.parametrize('kind', ['blocks', 'precincts', 'tile'])
+def test_jpeg2000_in_tiny_pieces(kind):
+    "Code-blocks of 4 x 4, precincts of 2 x 2, or the first in a tile's header: 2.7 GB for a few hundred bytes"
+    src = by_pydicom(np.zeros((64,64), np.uint8), 8, uid.JPEG2000Lossless)
+    b = bytearray(src)
+    for i in (b.index(b'\xff\x51')+6, b.index(b'\xff\x51')+22): b[i:i+8] = (9000).to_bytes(4, 'big')*2 # image, tile
+    cod = b.index(b'\xff\x52')
+    length = int.from_bytes(b[cod+2:cod+4], 'big')
+    style = bytearray(b[cod:cod+2+length])
+    style[10:12] = b'\0\0'
+    if kind == 'precincts':
+        style[4] |= 1
+        style[10:12] = b'\x04\x04'
+        style += b'\x11'*(style[9]+1)
+        style[2:4] = (len(style)-2).to_bytes(2, 'big')
+    if kind != 'tile': b[cod:cod+2+length] = style
+    else:
+        sod = b.index(b'\xff\x93')
+        b[sod:sod] = style
+    refused(encoded_frame(np.zeros((8,8), np.uint8), bytes(b), uid.JPEG2000Lossless, 8, Rows=9000, Columns=9000), 'blocks')
+
+@pytest.mark.parametrize('kind', ['unsigned', 'signed', 'float', 'colour'])
+def test_memory_of_a_large_frame(kind):
+    "Four million values: the picture itself has 16 MB, and all that it takes on the way is a few times as much"
+    n = 1152 if kind == 'colour' else 2000
+    x = dict(unsigned=np.full((n,n), 9, 'u2'), signed=np.full((n,n), -9, 'i2'), float=np.full((n,n), 9, 'f4'), colour=np.full((n,n,3), 9, 'u1'))[kind]
+    ds = image(x)
+    tracemalloc.start()
+    y = dicom_pixels(ds)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert y.nbytes < peak < 2.2*y.nbytes
+
+def test_wide_values_count_more():
+    "A value of 32 bits is as two of 16; a palette's pixel becomes three"
+    with pytest.raises(DicomError, match='128 values'): dicom_pixels(image(np.zeros((8,8), np.float32)), max_pixels=100)
+    with pytest.raises(DicomError, match='192 values'):
+        dicom_pixels(image(np.zeros((8,8), np.uint8), PhotometricInterpretation='PALETTE COLOR'), max_pixels=100)
+
+def test_segmented_palette_bomb():
+    "Six bytes stand for 65,535 entries, and a megabyte of them for ten billion"
+    ds = image(np.zeros((8,8), np.uint8), PhotometricInterpretation='PALETTE COLOR')
+    words = np.tile(np.array([1, 65535, 9], '<u2'), 150_000)
+    for c in ('Red', 'Green', 'Blue'):
+        setattr(ds, f'{c}PaletteColorLookupTableDescriptor', [256, 0, 16])
+        setattr(ds, f'Segmented{c}PaletteColorLookupTableData', np.array([0, 1, 7], '<u2').tobytes() + words.tobytes())
+    t = time.process_time()
+    assert dicom_pixels(ds).max() < 1e-3
+    assert time.process_time()-t < 2
+
+
+# --- bits in odd places ---
+
+@pytest.mark.parametrize('ts', [uid.ExplicitVRLittleEndian, uid.ExplicitVRBigEndian, uid.RLELossless])
+@pytest.mark.parametrize('dtype', ['u2', 'i2'])
+def test_high_bit(dtype, ts):
+    "12 bits stored in the upper bits of 16 (PS3.5 8.1.1), noise in the lower ones"
+    low = -2048 if dtype == 'i2' else 0
+    x = np.arange(low, low+4096).reshape(64, 64).astype(dtype)
+    noise = np.random.default_rng(0).integers(0, 16, x.shape).astype(dtype)
+    ds = image(x*16+noise, ts=uid.ExplicitVRLittleEndian if ts == uid.RLELossless else ts)
+    if ts == uid.RLELossless: ds.compress(ts)
+    ds.BitsStored, ds.HighBit, ds.WindowCenter, ds.WindowWidth = 12, 15, 100, 1000
+    np.testing.assert_array_equal(stored_pixels(read_dicom(saved(ds))), x)
+    close(dicom_pixels(saved(ds)), each(linear, x.astype(float), 100, 1000))
+
+@pytest.mark.parametrize('shape', [(5,7), (3,5), (1,1), (4,4), (9,13)])
+def test_frames_of_bits(shape):
+    "Frames of one bit are packed without a gap (PS3.5 8.1.1)"
+    x = np.random.default_rng(0).integers(0, 2, (9, *shape)).astype(np.uint8)
+    ds = image(x, 1)
+    packed = np.packbits(x.ravel(), bitorder='little').tobytes()
+    ds.BitsAllocated, ds.HighBit, ds.PixelData = 1, 0, packed + b'\0'*(len(packed)%2)
+    for i, o in enumerate(x): np.testing.assert_array_equal(stored_pixels(read_dicom(saved(ds)), i), o)
+    close(dicom_pixels(saved(ds), frame=8), x[8])
+    ds.PixelData = packed[:len(packed)//2]
+    with pytest.raises(DicomError, match='cannot be decoded'): dicom_pixels(ds, frame=8)
+
+
+# --- two codecs of segmentations ---
+
+FRAME_DEFLATE = uid.UID('1.2.840.10008.1.2.8.1')
+
+def deflate(b):
+    c = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    return c.compress(b) + c.flush()
+
+def rle(b):
+    "One segment of PS3.5 annex G, literal runs only"
+    runs = [b[i:i+128] for i in range(0, len(b), 128)]
+    return b'\1\0\0\0\x40\0\0\0' + bytes(56) + b''.join(bytes([len(o)-1])+o for o in runs)
+
+def frames_of(x, bits, ts, encode):
+    ds = image(x, bits)
+    if bits == 1: ds.BitsAllocated, ds.HighBit = 1, 0
+    raw = [np.packbits(o.ravel(), bitorder='little').tobytes() if bits == 1 else o.tobytes() for o in x]
+    ds.file_meta.TransferSyntaxUID = ts
+    ds.PixelData = pydicom.encaps.encapsulate([encode(o) for o in raw])
+    ds['PixelData'].VR = 'OB'
+    return ds
+
+@pytest.mark.parametrize('shape', [(5,7), (16,16), (300,301)])
+@pytest.mark.parametrize('ts,encode', [(uid.RLELossless, rle), (FRAME_DEFLATE, deflate)])
+def test_one_bit_compressed(ts, encode, shape):
+    x = np.random.default_rng(0).integers(0, 2, (3, *shape)).astype(np.uint8)
+    b = saved(frames_of(x, 1, ts, encode))
+    for i, o in enumerate(x):
+        np.testing.assert_array_equal(stored_pixels(read_dicom(b), i), o)
+        close(dicom_pixels(b, frame=i), o)
+    with pytest.raises(DicomError, match='cannot be decoded'): dicom_pixels(frames_of(x, 1, ts, lambda o: encode(o[:-2])))
+
+@pytest.mark.parametrize('dtype,bits', [('u1',8), ('u2',12), ('i2',16), ('u1',6)])
+def test_deflated_frames(dtype, bits):
+    x = (np.random.default_rng(0).integers(0, 2**bits, (2,11,13)) - (2**(bits-1) if dtype == 'i2' else 0)).astype(dtype)
+    b = saved(frames_of(x, bits, FRAME_DEFLATE, deflate))
+    for i, o in enumerate(x): np.testing.assert_array_equal(stored_pixels(read_dicom(b), i), o)
+    np.testing.assert_array_equal(dicom_pixels(b, frame=1), dicom_pixels(image(x, bits), frame=1))
+    with pytest.raises(DicomError, match='cannot be decoded'): dicom_pixels(frames_of(x, bits, FRAME_DEFLATE, lambda o: deflate(o)[:-9]))
+
+def test_deflated_frames_in_the_table(tmp_path):
+    from dicomcam.summary import summarize
+    x = np.arange(64, dtype=np.uint8).reshape(1,8,8)
+    row, = summarize([write(tmp_path/'a.dcm', saved(frames_of(x, 8, FRAME_DEFLATE, deflate)))], n_jobs=1, progress=False).to_dict('records')
+    assert row['transfer_syntax'] == 'Deflated Image Frame Compression' and row['img_mean'] == 31.5 and row['error'] is None
+
+def test_deflated_frame_bomb():
+    "A megabyte that inflates to a gigabyte is inflated to the size of its frame"
+    bomb = deflate(bytes(1<<30))
+    ds = frames_of(np.zeros((1,8,8), np.uint8), 8, FRAME_DEFLATE, lambda o: bomb)
+    tracemalloc.start()
+    assert (dicom_pixels(ds) == 0).all()
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+
+
+# --- whatever the header says: pixels in [0, 1], or an error ---
+
+@pytest.mark.parametrize('colour', ['RGB', 'YBR_FULL'])
+def test_colours_beyond_bits_stored(colour):
+    x = waves(8, True)
+    y = dicom_pixels(encoded_frame(x, pillow(x), uid.JPEGBaseline8Bit, 6, PhotometricInterpretation=colour))
+    np.testing.assert_array_equal(y, dicom_pixels(encoded_frame(x, pillow(x), uid.JPEGBaseline8Bit, 8, PhotometricInterpretation=colour)))
+    assert .5 < y.max() <= 1
+
+def test_colours_have_no_sign():
+    x = waves(8, True)
+    close(dicom_pixels(image(x, PixelRepresentation=1)), x/255)
+
+@pytest.mark.parametrize('bits', [0, 17, 40000])
+def test_tables_of_no_bits(bits):
+    ds = image(np.arange(64, dtype=np.uint8).reshape(8,8))
+    with pytest.raises(DicomError, match='entries of .* bits'): dicom_pixels(image(RAMP, VOILUTSequence=lut(4, 0, bits, [1,2,3,4])))
+    ds.PhotometricInterpretation = 'PALETTE COLOR'
+    for c in ('Red', 'Green', 'Blue'):
+        setattr(ds, f'{c}PaletteColorLookupTableDescriptor', [4, 0, bits])
+        setattr(ds, f'{c}PaletteColorLookupTableData', b'\1\0\2\0\3\0\4\0')
+    with pytest.raises(DicomError, match='entries of .* bits'): dicom_pixels(ds)
+
+def test_first_value_of_a_table_is_signed_as_the_pixels_are():
+    "PS3.3 C.11.1.1: by Pixel Representation, not by what values the image happens to have"
+    x, table = np.arange(-1500, 1500, dtype=np.int16).reshape(50, 60), list(range(3000))
+    bright = np.maximum(x, 0)
+    for o in (x, bright): close(modality(o, image(o, ModalityLUTSequence=lut(3000, 65536-1500, 16, table))), o.astype(float)+1500)
+    y = dicom_pixels(image(x, VOILUTSequence=lut(3000, 65536-1500, 12, table)))
+    np.testing.assert_array_equal(dicom_pixels(image(bright, VOILUTSequence=lut(3000, 65536-1500, 12, table)))[x>=0], y[x>=0])
+    unsigned = np.full((8,8), 64036, np.uint16)
+    close(modality(unsigned, image(unsigned, ModalityLUTSequence=lut(3000, 64030, 16, table))), unsigned*0.+6)
+
+@pytest.mark.parametrize('attrs', [dict(RescaleSlope='nan'), dict(RescaleIntercept='nan'), dict(RescaleSlope='inf'), dict(RescaleSlope='1e308'),
+                                   dict(RescaleIntercept='-inf'), dict(ModalityLUTSequence=lut(4, 0, 16, b'', 'OW'))])
+def test_no_number_no_picture(attrs):
+    "Black, as it was, is a picture too"
+    with pytest.raises(DicomError, match='cannot be displayed'): dicom_pixels(image(RAMP, **attrs))
+
+def test_segmented_palette():
+    "PS3.3 C.7.9.2: discrete, linear and indirect segments, of 16 and of 8 bits"
+    expected = np.array([10, 20, *range(21, 41), 10, 20, *range(21, 41)])
+    for bits in (8, 16):
+        kind = f'<u{bits//8}'
+        pointer = (0).to_bytes(4, 'little')
+        data = np.array([0, 2, 10, 20, 1, 20, 40, 2, 2], kind).tobytes() + pointer
+        ds = image(np.arange(44, dtype=np.uint8).reshape(4, 11), PhotometricInterpretation='PALETTE COLOR')
+        for c in ('Red', 'Green', 'Blue'):
+            setattr(ds, f'{c}PaletteColorLookupTableDescriptor', [44, 0, bits])
+            setattr(ds, f'Segmented{c}PaletteColorLookupTableData', data)
+        close(dicom_pixels(ds)[..., 0].ravel(), expected/(2**bits-1))
+
+NUMBERS = [0, 1, 2, 7, 8, 12, 15, 16, 17, 255, 4096, 32767, 32768, 65535]
+DECIMALS = ['0', '1', '-1', 'nan', 'inf', '-inf', '1e308', '-1e308', '1e-308', '40', '-1024', '400', '']
+
+def random_table(rnd, vr):
+    it = Dataset()
+    if rnd.random() < .9: it.add_new('LUTDescriptor', rnd.choice(['US', 'SS']), [rnd.choice(NUMBERS[:-2]) for _ in range(rnd.choice([3, 3, 3, 3, 2]))])
+    data = bytes(rnd.randrange(256) for _ in range(rnd.choice([0, 1, 2, 15, 16, 64, 300])))
+    if rnd.random() < .9: it.add_new('LUTData', vr, data if vr == 'OW' else list(data))
+    return Sequence([it] if rnd.random() < .95 else [])
+
+def random_image(seed):
+    "An image whose header was made by dice"
+    import random
+    rnd, rng = random.Random(seed), np.random.default_rng(seed)
+    dtype = rnd.choice(['u1', 'i1', 'u2', 'i2', 'u4', 'i4', 'f4', 'f8'])
+    x = rng.integers(0, 256, (6,8,3)[:rnd.choice([2, 2, 3])]).astype(dtype)
+    if dtype[0] == 'f': x.flat[:rnd.choice([0, 1, 24])] = rnd.choice([np.nan, np.inf, -np.inf, 3e38])
+    if x.ndim == 2 and rnd.random() < .2: x = x*0 + rnd.choice([0, 1])
+    ds = image(x.astype(dtype))
+    for k in ('BitsStored', 'HighBit', 'PixelRepresentation', 'PlanarConfiguration', 'PixelPaddingValue', 'PixelPaddingRangeLimit'):
+        if rnd.random() < .25: setattr(ds, k, rnd.choice(NUMBERS))
+    for k in ('RescaleSlope', 'RescaleIntercept', 'WindowCenter', 'WindowWidth'):
+        if rnd.random() < .3: setattr(ds, k, rnd.choice([rnd.choice(DECIMALS), [rnd.choice(DECIMALS), rnd.choice(DECIMALS)]]))
+    for k in ('ModalityLUTSequence', 'VOILUTSequence'):
+        if rnd.random() < .15: setattr(ds, k, random_table(rnd, rnd.choice(['OW', 'US'])))
+    if rnd.random() < .3: ds.VOILUTFunction = rnd.choice(['LINEAR', 'LINEAR_EXACT', 'SIGMOID', 'NONE'])
+    if rnd.random() < .3: ds.PhotometricInterpretation = rnd.choice(['MONOCHROME1', 'PALETTE COLOR', 'RGB', 'YBR_FULL', 'YBR_FULL_422', ' x'])
+    for c in ('Red', 'Green', 'Blue'):
+        setattr(ds, f'{c}PaletteColorLookupTableDescriptor', [rnd.choice(NUMBERS) for _ in range(3)])
+        part = rnd.choice(['', 'Segmented'])
+        setattr(ds, f'{part}{c}PaletteColorLookupTableData', bytes(rnd.randrange(4) for _ in range(rnd.choice([0, 1, 8, 64, 512]))))
+    return ds
+
+def test_random_headers():
+    "Pixels in [0, 1], none of them NaN, or one error"
+    n = 0
+    for seed in range(1500):
+        try: y = dicom_pixels(random_image(seed))
+        except DicomError: continue
+        n += 1
+        assert y.dtype == np.float32 and 0 <= y.min() and y.max() <= 1, seed # false for NaN, too
+    assert 300 < n < 1400

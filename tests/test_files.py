@@ -1,10 +1,10 @@
 "Results that are whole or not there at all, the cache, and a bar that is silent where nobody sees it."
-import os, subprocess, sys, time
+import os, subprocess, sys, threading, time
 from pathlib import Path
 
 import pytest
 
-from dicomcam.files import cache_folder, evict, progress_bar, remove, short_path, sweep, whole
+from dicomcam.files import cache_folder, evict, progress_bar, remove, remove_unfinished, short_path, sweep, whole
 
 def names(folder): return sorted(o.name for o in folder.iterdir())
 
@@ -82,12 +82,51 @@ def test_two_writers_do_not_share_a_part(tmp_path):
         two.write_text('second')
     assert names(tmp_path) == ['a'] and (tmp_path/'a').read_text() == 'first' # the outer block ends last
 
+def test_folders_made_for_it_go_too(tmp_path):
+    with pytest.raises(ValueError):
+        with whole(tmp_path/'new'/'deep'/'a'): raise ValueError
+    assert names(tmp_path) == []
+
+def test_what_is_unfinished_can_be_removed_from_outside(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        with whole(tmp_path/'new'/'a') as one, whole(tmp_path/'b') as two:
+            one.write_text('half')
+            folder(two, a='half')
+            remove_unfinished()
+            assert names(tmp_path) == []
+            raise FileNotFoundError
+    assert names(tmp_path) == []
+
+@pytest.mark.posix
+def test_two_do_not_merge_into_a_folder_at_once(tmp_path):
+    import fcntl
+    folder(tmp_path/'out', a='old')
+    def merge():
+        with whole(tmp_path/'out') as part: folder(part, a='new')
+    fd = os.open(tmp_path/'out', os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    thread = threading.Thread(target=merge)
+    thread.start()
+    thread.join(.3)
+    assert (tmp_path/'out'/'a').read_text() == 'old'
+    os.close(fd) # gives the lock back
+    thread.join()
+    assert (tmp_path/'out'/'a').read_text() == 'new' and names(tmp_path) == ['out']
+
 # --- the cache
 
 def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     assert cache_folder() == tmp_path/'dicomcam' and cache_folder('images') == tmp_path/'dicomcam'/'images'
     assert names(tmp_path) == []
+
+def test_no_home_is_told(monkeypatch, tmp_path):
+    def home(): raise RuntimeError('Could not determine home directory.')
+    monkeypatch.setattr(Path, 'home', home)
+    monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
+    with pytest.raises(OSError, match='HOME'): cache_folder()
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    assert cache_folder('images') == tmp_path/'dicomcam'/'images'
 
 def entries(tmp_path):
     "Four folders that cost 10 each, the first used longest ago."

@@ -1,6 +1,7 @@
 "What is handed over: DICOM objects that a strict checker passes and that come from all kinds of sources, and a report that a real browser shows."
 import base64, html as html_, os, re, shutil, subprocess, sys, unicodedata, warnings, zipfile
 from collections import OrderedDict
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from dicomcam import __version__
 from dicomcam.results import evaluate, predictions
 from dicomcam.cam import Heatmaps, positive, to_unit
 from dicomcam.folder import found_files, result_names, write_heatmaps
-from dicomcam.pictures import heat_uri, outline_path
+from dicomcam.pictures import heat_uri, outline_path, plot_uri
+from dicomcam.plots import plot_confusion, plot_scores, plot_subgroups
 from dicomcam.read import read_dicom
 from dicomcam.share import overlay, report, save_sc, save_seg
 from dicomcam.summary import is_phi
@@ -182,7 +184,6 @@ def test_no_picture_names_its_file(folder):
 @pytest.mark.parametrize('odd', ODD, ids=ascii)
 def test_pictures_of_odd_names(odd, folder, tmp_path):
     "Each is drawn, and shows no control character"
-    from dicomcam.plots import plot_confusion, plot_scores, plot_subgroups
     h = heatmaps(label_table(folder).file[:1].tolist())
     h.classes, h.layers = ['no', odd], ['5', odd]
     y, groups = np.array([0, 1, 1]), pd.MultiIndex.from_tuples([('Manufacturer', odd)], names=['element', 'value'])
@@ -196,6 +197,21 @@ def test_pictures_of_odd_names(odd, folder, tmp_path):
         assert any(want in o for o in says) and max(map(len, says)) < 100 and ''.join(says).isprintable(), says
     assert plots[0].get_legend_handles_labels()[1].count(for_figure(odd)) == 1
     plt.close('all')
+
+@pytest.mark.parametrize('odd', [*ODD, 'a\\b', 'y'*3000], ids=lambda o: ascii(o)[:20])
+def test_odd_names_in_dicom_objects(odd, folder, tmp_path):
+    "Text of one printable line, no longer than its value representation allows (PS3.5, 6.2)"
+    h = heatmaps(label_table(folder).file[:1].tolist())
+    h.classes, h.layers = ['no', odd], ['5', odd]
+    saves = [save_sc, save_seg] if find_spec('highdicom') else [save_sc]
+    for ds in [pydicom.dcmread(save(h, 0, tmp_path/'x.dcm', odd, odd)) for save in saves]:
+        for elem in ds.iterall():
+            most = dict(LO=64, SH=16, ST=1024).get(elem.VR)
+            if most: assert isinstance(elem.value, str) and elem.value.isprintable() and len(elem.value) <= most, elem
+
+def test_alt_text_of_a_figure_is_no_mathematics():
+    y = np.array([0, 1, 1])
+    assert 'costs $_$' in plot_uri(plot_scores, y, y*.9, classes=('no', 'costs $_$'))['alt']
 
 # ---- results of a folder
 

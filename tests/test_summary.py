@@ -117,6 +117,18 @@ def test_long_values():
     assert row['RedPaletteColorLookupTableData']=='1000 bytes' and len(row['AdditionalPatientHistory'])==10_000
     assert json.loads(row['GridFrameOffsetVector'])==list(range(500)) and 'GridFrameOffsetVector1' not in row
 
+def test_wide_and_long(tmp_path, monkeypatch):
+    "A header of very many elements is cut, and the row says so; of a long sequence no more items are looked at than a cell holds; a time limit may be infinite"
+    ds = dataset(Modality='CR')
+    for i in range(6000): ds.add_new(0x00200000+0x4000+i, 'CS', 'X')
+    ds.save_as(tmp_path/'a.dcm', enforce_file_format=True)
+    df = summarize([tmp_path/'a.dcm', IMAGES[0]], pixels=False, n_jobs=1, progress=False, time_limit=math.inf)
+    assert summary.MAX_CELLS<=len(df.columns)<6000 and 'the rest of the header is too long' in df.error[0] and df.error.isna()[1] and df.Modality[0]=='CR'
+    header, seen = summary._header, []
+    monkeypatch.setattr(summary, '_header', lambda *args: seen.append(1) or header(*args))
+    row, problems = header_row(dataset(ReferencedImageSequence=Sequence([Dataset() for _ in range(50_000)])))
+    assert row['ReferencedImageSequence']=='50000 items' and not problems and len(seen)<5000
+
 
 # --- identifying attributes ---
 
@@ -594,3 +606,17 @@ def test_cache_is_private(tmp_path, monkeypatch, umask):
     assert oct((tmp_path/'mine').stat().st_mode & 0o777)=='0o775'
     made, = (tmp_path/'mine').iterdir()
     assert modes(made)==({'0o700'}, {'0o600'})
+
+@pytest.mark.posix
+def test_models_of_the_cache_are_private(tmp_path, monkeypatch):
+    "A model may have learnt something of its patients"
+    from dicomcam.training import _demo_file
+    for o in 'ab':
+        (tmp_path/'films'/'train'/o).mkdir(parents=True)
+        (tmp_path/'films'/'train'/o/'1.dcm').write_bytes(Path(IMAGES[0]).read_bytes())
+    (tmp_path/'films'/'labels.csv').write_text('file,label\ntrain/a/1.dcm,a\ntrain/b/1.dcm,b\n')
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'xdg'))
+    before = os.umask(0)
+    try: file = _demo_file(tmp_path/'films', 42, {})
+    finally: os.umask(before)
+    assert file.parent==tmp_path/'xdg'/'dicomcam'/'models' and modes(tmp_path/'xdg'/'dicomcam')==({'0o700'}, set())
