@@ -198,7 +198,7 @@ class Heatmaps(_NativeMaps):
 
     def _show_other(self, i, classes, layers, cmap):
         "Of a volume three planes a map, of a signal its line."
-        heats = [self.heat(i, k, self.layers[o]) for o in layers for k in classes]
+        heats = [self.heat(i, self.classes[k], self.layers[o]) for o in layers for k in classes]
         titles = [_title(self, i, k, o) for o in layers for k in classes]
         x = to_np(self.images[i].float().mean(0))
         if x.ndim == 1: return show_signal(x, heats, titles, cmap)
@@ -228,7 +228,7 @@ class Heatmaps(_NativeMaps):
             for ax, k in zip(row, [None, *classes]):
                 ax.imshow(image, cmap='gray', extent=extent, vmin=0, vmax=1)
                 if k is not None:
-                    heat = self.heat(i, k, self.layers[layer], native)
+                    heat = self.heat(i, self.classes[k], self.layers[layer], native)
                     ax.imshow(heat, cmap=cmap, alpha=alpha*heat, extent=extent)
                 if mask is not None:
                     ax.contour(mask, [.5], colors='cyan', linewidths=1, extent=(0, cols, 0, rows))

@@ -28,7 +28,8 @@ def baselines(
     noise = torch.rand(n, rows, cols, generator=torch.Generator().manual_seed(seed))
     edges = torch.stack([torch.tensor(ndimage.gaussian_gradient_magnitude(o, 2)) for o in to_np(h.images.mean(1))])
     shape = n, len(h.classes), rows, cols
-    return [Heatmaps([m[:, None].expand(shape)], h.images, h.probs, h.classes, [''], name, h.items, h.view)
+    return [Heatmaps([m[:, None].expand(shape)], h.images, h.probs, h.classes, [''], name, h.items, h.view,
+        vocab=h.vocab)
         for name, m in dict(centre=centre, noise=noise, edges=edges).items()]
 
 # %% ../nbs/api/30_localize.ipynb #9aa585d7

@@ -207,7 +207,7 @@ def plot_top_losses(
     for ax in axs.flat: ax.set_axis_off()
     for i, (label, loss) in enumerate(zip(df.label, df.loss)):
         cls, pair = h.cls(i), axs.flat[2*i:2*i+2]
-        h.show(i, cls, layer, axs=pair)
+        h.show(i, h.classes[cls], layer, axs=pair)
         pair[0].set_title(f'{for_figure(label_text(label))}\nloss {loss:.2f}', fontsize=9)
         pair[1].set_title(f'{for_figure(h.classes[cls])} {h.probs[i].max():.2f}\nlayer {for_figure(layer)}', fontsize=9)
     return fig
