@@ -121,7 +121,7 @@ class _Model:
         with _Final() if self.act is None else nullcontext() as final:
             try: out = self.model(xb)
             except torch.OutOfMemoryError: raise
-            except RuntimeError as e:
+            except (RuntimeError, ValueError) as e:
                 hint = ' (One image becomes a batch by x[None].)' if xb.ndim == 3 else ''
                 raise ValueError(f'The model cannot take a batch of shape {tuple(xb.shape)}: {e}{hint}') from e
         out = self._part(out)
