@@ -8,7 +8,7 @@ Docs: https://dicomcam.github.io/dicomcam/api/folder.html.md"""
 __all__ = ['found_files', 'below', 'result_names', 'write_heatmaps']
 
 # %% ../nbs/api/35_folder.ipynb #67b38072
-import glob, os, re, unicodedata
+import glob, os, unicodedata
 from collections.abc import Callable, Iterable
 from itertools import chain, count
 from pathlib import Path
@@ -17,6 +17,7 @@ from fastcore.basics import chunked
 
 from .files import progress_bar
 from .text import file_name
+from .phi import unquoted
 
 # %% ../nbs/api/35_folder.ipynb #1bc858cd
 def _place(file):
@@ -93,14 +94,13 @@ def _each(explain, files, n):
 _BOX = 'x', 'y', 'width', 'height', 'peak', 'mass', 'width_mm', 'height_mm'
 _FIRST, _LAST = ('file', 'heatmap'), ('class', *_BOX, 'error') # columns before and after those of the classes
 
-_QUOTED = re.compile(r"""(?<!\w)b?(['"]).*?\1(?!\w)""", re.DOTALL)
 
 def _line(text): return ' '.join(text.split())
 
 def _untold(e, file, told):
     "An error that calls the file `told`, and leaves out what it quotes: that may be text of the header."
     text = str(e) if str(file) == file.name else str(e).replace(str(file), told)
-    return _line(_QUOTED.sub('…', text))
+    return _line(unquoted(text))
 
 def _write(h, i, cls, path, dicom):
     "Of image `i` the picture, and with `dicom` the DICOM objects, as files `path`.*; its bright regions."

@@ -247,7 +247,8 @@ def read_mask(
 ) -> np.ndarray: # bool, (rows, columns)
     "A lesion mask on the pixels of its image. Raises ValueError where it is on others."
     if isinstance(mask, (str, Path)): mask = Image.open(mask)
-    mask = np.asarray(mask) > 0
+    lossy = getattr(mask, 'format', None) == 'JPEG' # compression leaves noise around a lesion: half of white counts
+    mask = np.asarray(mask) > (127 if lossy else 0)
     if mask.shape == (rows, cols): return mask
     raise ValueError(f'A mask of {mask.shape} for an image of {(rows, cols)}: '
         'masks are on the rows x columns of the original.')

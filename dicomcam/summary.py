@@ -30,7 +30,7 @@ from .read import (DicomError, MAX_PIXELS, conversion_cost, dicom_errors, elemen
     transfer_syntax)
 from .decode import decode_frame, pixel_options
 from .pixels import level_counts, modality
-from .phi import is_phi
+from .phi import is_phi, unquoted
 
 # %% ../nbs/api/12_summary.ipynb #919459e0
 # Media Storage SOP Class UID (0002,0002) of a DICOMDIR, as PS3.10 section 7.1 encodes it; PS3.6 table A-1
@@ -309,16 +309,20 @@ def _read_row(file, row, problems, pixels, window, phi, max_pixels):
     row['transfer_syntax'] = transfer_syntax(ds).name
     if pixels: row |= pixel_stats(ds, window, max_pixels)
 
-def _row(file, time_limit, **kwargs):
+def _told(problems, phi):
+    "What could not be read, in one line; without `phi`, nothing that it quotes."
+    return '; '.join(problems if phi else map(unquoted, problems))
+
+def _row(file, time_limit, phi, **kwargs):
     "The row of one file."
     row: dict = {}
     problems: list = []
     with _count_warnings() as warned:
         try:
-            with _limited(time_limit): _read_row(file, row, problems, **kwargs)
+            with _limited(time_limit): _read_row(file, row, problems, phi=phi, **kwargs)
         except _Late: problems.append(_too_long(time_limit))
         except Exception as e: problems.append(str(e).removeprefix(f'{file}: '))
-    return row | dict(fname=file_name(file), warnings=warned.n, error=_plain('; '.join(problems)) or None)
+    return row | dict(fname=file_name(file), warnings=warned.n, error=_plain(_told(problems, phi)) or None)
 
 def _rows(files, **kwargs): return [_row(o, **kwargs) for o in files]
 

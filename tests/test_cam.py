@@ -13,7 +13,7 @@ from torchvision.models import densenet121, resnet18
 
 from dicomcam.cam import cam
 from dicomcam.explain import as_found, outputs_of, view_of
-from dicomcam.heatmaps import Heatmaps
+from dicomcam.heatmaps import Heatmaps, read_mask
 from dicomcam.layers import fine_stage, first_fine, last_stages, layer_name
 from dicomcam.maps import positive, to_unit, upsample
 from dicomcam.gradcam import gradcam
@@ -288,3 +288,12 @@ def test_graph_starts_at_the_earliest_layer():
     for o in hooks: o.remove()
     assert seen == dict(conv1=False, layer1=False, layer3=True)
     assert acts['layer2'].is_leaf and not acts['layer4'].is_leaf
+
+def test_jpeg_masks_without_their_noise(tmp_path):
+    "Compression leaves grey specks around a lesion, which are no lesion"
+    mask = np.zeros((64, 64), np.uint8)
+    mask[20:41, 23:44] = 255
+    Image.fromarray(mask).save(tmp_path/'m.jpg', quality=60)
+    assert (np.asarray(Image.open(tmp_path/'m.jpg'))[mask == 0] > 0).any()
+    assert (read_mask(tmp_path/'m.jpg', 64, 64) != (mask > 0)).mean() < .01
+    assert read_mask(mask//255, 64, 64).sum() == 21*21 # 1 is as good as 255 where nothing was lost

@@ -620,3 +620,11 @@ def test_models_of_the_cache_are_private(tmp_path, monkeypatch):
     try: file = _demo_file(tmp_path/'films', 42, {})
     finally: os.umask(before)
     assert file.parent==tmp_path/'xdg'/'dicomcam'/'models' and modes(tmp_path/'xdg'/'dicomcam')==({'0o700'}, set())
+
+def test_errors_quote_no_header_without_phi(monkeypatch):
+    "What an error says of a value may be a name"
+    def read(*args): raise DicomError("Rows cannot be read: invalid literal for int() with base 10: 'DOE^JANE'")
+    monkeypatch.setattr(summary, 'read_dicom', read)
+    for phi in (True, False):
+        error = summarize(IMAGES[:1], phi=phi, n_jobs=1, progress=False).error[0]
+        assert ('DOE' in error) == phi and 'Rows cannot be read' in error
