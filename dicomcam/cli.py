@@ -105,6 +105,14 @@ _NO_ROOM = [os.strerror(o) for o in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
 def _no_room(why): return any(o in str(why) for o in _NO_ROOM)
 
 @contextmanager
+def _inputs():
+    "What the command that runs reads, --force or not."
+    context = click.get_current_context(silent=True)
+    given = context.params if context else {}
+    named = [*(given.get(o) for o in ('model', 'folder', 'data')), *given.get('files', ())]
+    labels = Path(given.get('folder') or '')/(given.get('labels') or '')
+    return {Path(o).expanduser().resolve() for o in (*named, labels) if o}
+
 def _output(
     out,          # File or folder
     force,        # Replace what is there?
@@ -114,6 +122,7 @@ def _output(
     FileExistsError, and OSError for a full disk, whatever the library that met it calls it."""
     path = _place(out, folder)
     _may_write(path, out, force)
+    if path in _inputs(): raise ValueError(f'{out}: is what the command reads. Name another place with --out.')
     ending = getattr(click.get_current_context(silent=True), 'obj', None)
     try:
         with whole(path, merge=force or os.name == 'nt') as part:

@@ -37,10 +37,12 @@ def _pixel_keyword(ds):
     why = f'the file is cut off in {cut}' if cut else 'not an image, or cut off'
     raise DicomError(f'{name_of(ds)}: has no pixel data: {why}')
 
-def _check_size(o, max_pixels):
-    "Raise `DicomError` if a frame has more values than `max_pixels`: one of 32 bits counts twice, a palette's thrice."
+def _check_size(o, max_pixels, ts):
+    """Raise `DicomError` if a frame has more values than `max_pixels`: one of 32 bits, as which JPEG 2000 decodes all,
+    counts twice, a palette's thrice."""
     palette = o['photometric_interpretation'] == 'PALETTE COLOR'
-    n = o['rows']*o['columns']*(3 if palette else o['samples_per_pixel'])*max(1, o['bits_allocated']//16)
+    bits = 32 if ts in uid.JPEG2000TransferSyntaxes else o['bits_allocated']
+    n = o['rows']*o['columns']*(3 if palette else o['samples_per_pixel'])*max(1, bits//16)
     if n > max_pixels:
         many = f'a frame of {n:,} values is more than max_pixels={max_pixels:,}'
         raise DicomError(f'{many}; pass a larger max_pixels if that is right')
@@ -67,7 +69,7 @@ def pixel_options(
     o.setdefault('bits_stored', o['bits_allocated'])
     o.setdefault('planar_configuration', 0)
     o['pixel_representation'] = o.get('pixel_representation', 0) if samples == 1 else 0 # colour has no sign
-    _check_size(o, max_pixels)
+    _check_size(o, max_pixels, transfer_syntax(ds))
     if 'ExtendedOffsetTable' in ds: o['extended_offsets'] = ds.ExtendedOffsetTable, ds.ExtendedOffsetTableLengths
     return o
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from fastcore.basics import chunked
 
 from .files import progress_bar
-from .text import file_name
+from .text import file_name, for_spreadsheet
 from .phi import unquoted
 
 # %% ../nbs/api/35_folder.ipynb #1bc858cd
@@ -56,8 +56,9 @@ def below(
 
 # %% ../nbs/api/35_folder.ipynb #4d130c5d
 def _fits(name):
-    "A name that any file system takes, with room for an ending and for what `whole` writes first."
-    return name.encode(errors='ignore')[:200].decode(errors='ignore') or '_'
+    "A name that any file system takes, and no spreadsheet runs, with room for an ending and for what `whole` writes."
+    name = name.encode(errors='ignore')[:200].decode(errors='ignore')
+    return f'_{name}' if name in ('', '.dcm') or for_spreadsheet(name) != name else name
 
 def _folder_name(name):
     "The same for a folder, which no file of ours is called as."

@@ -38,6 +38,7 @@ def save_model(
         known = ', '.join(ACTIVATIONS)
         raise ValueError(f'act_cls={learn.network.act_cls} cannot be saved: load_model knows {known}.')
     meta = {**asdict(learn.network), **setup.meta(), 'versions': versions()}
+    _check_words(json.loads(json.dumps(meta)))
     weights = {name: w.detach().cpu().contiguous() for name, w in bare_model(learn).state_dict().items()}
     spoilt = spoilt_weight(weights)
     if spoilt: raise ValueError(f'{fn}: not saved: {spoilt} holds NaN or infinity. Train with a smaller learning rate.')
@@ -66,11 +67,13 @@ def _is_split(o):
     "Are these the arguments of `label_table` and `patient_split`?"
     if type(o) is not dict or set(o) != {'by', 'valid_pct', 'seed', 'fold'}: return False
     known = type(o['by']) in (str, type(None)) and type(o['fold']) in (int, float, str, type(None))
-    return known and type(o['valid_pct']) is float and 0 < o['valid_pct'] < 1 and type(o['seed']) is int
+    return known and type(o['valid_pct']) is float and 0 < o['valid_pct'] < 1 and type(o['seed']) in (int, type(None))
 
 def _are_classes(o):
-    "Two or more names, all different?"
-    return type(o) is list and len(o) > 1 and all(type(name) is str for name in o) and len({*o}) == len(o)
+    "Two or more names of at most 200 characters, all different, none blank?"
+    if type(o) is not list or len(o) < 2 or not all(type(name) is str and len(name) <= 200 for name in o): return False
+    names = {name.strip() for name in o}
+    return len(names) == len(o) and '' not in names
 
 _WORDS = dict( # of a model file: what each is, and whether it is
     arch=('the name of a network', lambda o: type(o) is str),

@@ -8,7 +8,7 @@ Docs: https://dicomcam.github.io/dicomcam/api/tables.html.md"""
 __all__ = ['read_table', 'named_file']
 
 # %% ../nbs/api/10b_tables.ipynb #778bd9d6
-import codecs, csv, io, os
+import codecs, csv, io, os, re
 from pathlib import Path
 
 from pandas import DataFrame
@@ -29,22 +29,34 @@ def _text(fn):
     return text
 
 # %% ../nbs/api/10b_tables.ipynb #0b535945
+def _column_names(cells):
+    "The cells of the first line without blanks around them; empty ones at the end are none."
+    names = [cell.strip() for cell in cells]
+    while not names[-1]: names.pop()
+    return names
+
 def _delimiter(text):
     "What stands between the cells of the first line that is not blank."
     first = next((line for line in text.splitlines() if line.strip()), '')
     return max(',;\t', key=lambda sep: len(next(csv.reader([first], delimiter=sep), ())))
 
+_SEP = re.compile(r'sep=(.)\r?\n') # Excel's way to say what stands between the cells
+_AFTER_QUOTE = re.compile(r'(?<=[^\s",;])" +(?=[,;\t\r\n]|$)') # blanks between a quoted cell and what follows it
+
 def read_table(
     fn:str|Path, # CSV: UTF-8 or UTF-16, with commas, semicolons or tabs
 ) -> DataFrame: # Every cell text, '' where it is empty; names of columns without blanks around them
     "A table as it was written, nothing guessed. Raises ValueError with one line that names the file and what is wrong."
-    text = _text(fn)
-    reader = csv.reader(io.StringIO(text, newline=''), delimiter=_delimiter(text), skipinitialspace=True, strict=True)
+    text = _AFTER_QUOTE.sub('"', _text(fn))
+    said = _SEP.match(text)
+    if said: text = text[said.end():]
+    delimiter = said[1] if said else _delimiter(text)
+    reader = csv.reader(io.StringIO(text, newline=''), delimiter=delimiter, skipinitialspace=True, strict=True)
     names, rows = [], []
     try:
         for cells in reader:
             if not any(cell.strip() for cell in cells): continue
-            if not names: names = [cell.strip() for cell in cells]
+            if not names: names = _column_names(cells)
             elif len(cells) < len(names) or any(cell.strip() for cell in cells[len(names):]):
                 raise ValueError(f'{fn}: line {reader.line_num} has {len(cells)} cells, the first has {len(names)}.')
             else: rows.append(cells[:len(names)])
