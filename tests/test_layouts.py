@@ -85,6 +85,10 @@ def test_a_walk_along_many_networks(library, name, size, layout):
     assert len(h) == len(h.raw[0]) == 2 and h.classes == [0]
     nearly(h.raw[0][:, 0], by_autograd(net, h.layers[0], x, 0, layout), 1e-5)
 
+def test_a_small_map_beside_as_few_tokens_is_a_grid():
+    "Its last map is 4 x 4, and it met 4 tokens before: no attention all the same"
+    assert gradcam(network('timm', 'mobilevit_xxs'), batch(1, size=128), classes=[0]).layers == ['final_conv']
+
 def test_the_walk_is_long(): assert len({o[1] for o in WALK}) >= 60
 
 def test_shuffled_tokens_have_no_places():
