@@ -22,7 +22,8 @@ from fastai.learner import Learner
 _all_ = ['upsample', 'positive', 'to_unit', 'Heatmaps', 'as_found', 'outputs_of', 'layer_name'] # where they were in 0.1
 
 # %% ../nbs/api/28_cam.ipynb #017fb7e5
-def _near(a, b, tol): return a.shape == b.shape and (a-b).abs().max() <= tol*b.abs().max()
+def _near(a, b, tol):
+    return a.shape == b.shape and not (a-b).abs().max() > tol*b.abs().max() # NaN passes: `explain` names it
 
 def _pooled(act, head, given, scores, tol):
     "`act` or its ReLU, whichever has the head's input as its means. None: not pooling and one linear layer."

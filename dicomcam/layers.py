@@ -169,7 +169,8 @@ def last_place(
         width = width or channels
         if gradient is not None and channels == width and layout(gradient).any(): return name
     raise ValueError('The scores depend on no layer that has positions. Pass a larger image, name a layer and its '
-        'layout (layers=, layout=), or train the model first: a last layer of zeros depends on nothing.')
+        'layout (layers=, layout=), or train the model first: a last layer of zeros depends on nothing. Of a '
+        'quantised model, explain the one that it was made of.')
 
 # %% ../nbs/api/26_layers.ipynb #layc0005
 def last_stages(

@@ -72,13 +72,17 @@ def _narrowed(found, seen):
     "Of several readings those with as many channels as the layer that ran last, if there are any."
     return [o for o in found if o.channels(seen.shape) == seen.width] or found
 
+def _spans(grid, image):
+    "As `fits`; slices of a volume, or frames, may have a step of their own."
+    return fits(grid, image) or len(grid) == 3 and grid[0] <= image[0] and fits(grid[1:], image[1:])
+
 def _as_grid(seen, image):
     "Readings of an output that has the axes of the image."
     first, last = seen.shape[2:], seen.shape[1:-1]
-    attention = len(set(first)) == 1 and first[0] in seen.tokens # (n, heads, t, t)
+    attention = len(set(first)) == 1 and first[0] in seen.tokens and seen.shape[1] != seen.width # (n, heads, t, t)
     found = []
-    if fits(first, image) and not attention: found.append(Layout('nchw', first))
-    if seen.last and fits(last, image): found.append(Layout('nhwc', last))
+    if _spans(first, image) and not attention: found.append(Layout('nchw', first))
+    if seen.last and _spans(last, image): found.append(Layout('nhwc', last))
     return _narrowed(found, seen)
 
 def _as_tokens(seen, image, prefixes):
@@ -88,7 +92,8 @@ def _as_tokens(seen, image, prefixes):
     for kind, n in ('tokens', one), ('series', other):
         for prefix in sorted(set(prefixes)):
             found += [Layout(kind, grid, prefix) for grid in token_grids(n-prefix, image)]
-    return _narrowed(found, seen)
+    if seen.width not in (one, other): return found
+    return [o for o in found if o.channels(seen.shape) == seen.width] # the other axis would be that of the channels
 
 def readings(
     seen:Seen,                     # A layer
