@@ -104,7 +104,6 @@ _NO_ROOM = [os.strerror(o) for o in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
 
 def _no_room(why): return any(o in str(why) for o in _NO_ROOM)
 
-@contextmanager
 def _inputs():
     "What the command that runs reads, --force or not."
     context = click.get_current_context(silent=True)
@@ -113,6 +112,7 @@ def _inputs():
     labels = Path(given.get('folder') or '')/(given.get('labels') or '')
     return {Path(o).expanduser().resolve() for o in (*named, labels) if o}
 
+@contextmanager
 def _output(
     out,          # File or folder
     force,        # Replace what is there?
