@@ -79,6 +79,15 @@ def test_films_that_tell_no_patient(folder, tmp_path):
         r = dicomcam(*args, *(small if args[0] == 'train' else ()), '--by', 'none')
         assert r.returncode == 0, r.stderr
 
+def test_what_a_command_reads_stays(folder, tmp_path):
+    "--force replaces results, not the model, the labels or the folder that the command itself reads"
+    d = shutil.copytree(folder, tmp_path/'films')
+    (tmp_path/'m.safetensors').write_bytes(b'model')
+    labels = (d/'labels.csv').read_bytes()
+    for args in (['report', tmp_path/'m.safetensors', d, '--out', tmp_path/'m.safetensors'], ['train', d, '--out', d/'labels.csv'], ['demo', '--data', d, '--out', d]):
+        one_line(dicomcam(*args, '--force'), 'is what the command reads')
+    assert (tmp_path/'m.safetensors').read_bytes() == b'model' and (d/'labels.csv').read_bytes() == labels
+
 def test_demo_on_real_films(xrays, tmp_path):
     r = dicomcam('demo', '--data', xrays, '--out', tmp_path/'out', *small)
     assert r.returncode == 0, r.stderr

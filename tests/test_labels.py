@@ -4,6 +4,7 @@ import os, shutil, warnings
 import numpy as np, pandas as pd, pydicom, pytest
 
 from dicomcam.labels import label_table, label_vocab, patient_ids, patient_split
+from dicomcam.tables import read_table
 
 @pytest.fixture(scope='module')
 def films(folder): return [o.relative_to(folder).as_posix() for o in sorted(folder.rglob('*.dcm'))]
@@ -290,3 +291,14 @@ def test_numbers_of_numpy(folder, films):
     dls = dicom_dls(folder, df, size=np.int64(32), by=None, fold=fold, seed=np.int32(3), valid_pct=np.float32(.25), cache=False)
     meta = dls.setup.meta()
     assert json.loads(json.dumps(meta)) == meta and type(meta['split']['fold']) is type(meta['split']['seed']) is int
+
+@pytest.mark.parametrize('text', ['"file" , "label"\n"a.dcm" , "x" \n"b.dcm" ,"y"\n', 'sep=;\nfile;label\na.dcm;x\nb.dcm;y\n', 'file,label,\na.dcm,x\nb.dcm,y,\n'])
+def test_what_people_and_excel_write(text, tmp_path):
+    "Blanks after a quoted cell, Excel's line that names the delimiter, a delimiter at the end of the header"
+    (tmp_path/'labels.csv').write_text(text)
+    df = read_table(tmp_path/'labels.csv')
+    assert df.values.tolist() == [['a.dcm', 'x'], ['b.dcm', 'y']]
+
+def test_blanks_inside_quotes_stay(tmp_path):
+    (tmp_path/'labels.csv').write_text('file,label\na.dcm,"x ,y"\nb.dcm,"say ""no"" , please"\n')
+    assert read_table(tmp_path/'labels.csv').iloc[:, 1].tolist() == ['x ,y', 'say "no" , please']

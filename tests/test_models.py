@@ -47,7 +47,7 @@ def test_a_good_file_loads(weights, tmp_path): assert load_model(write(tmp_path/
     ('size', 0), ('size', 1), ('size', 2), ('size', -64), ('size', 30_000), ('size', 10**9), ('size', '64'), ('size', 64.), ('size', True), ('size', None), ('size', [64, 64]),
     ('size', float('nan')), ('method', 'cut'), ('method', 1), ('method', {}),
     ('vocab', []), ('vocab', ['a']), ('vocab', [1, 2]), ('vocab', [False, True]), ('vocab', ['a', 'a']), ('vocab', 'ab'), ('vocab', {'a': 0, 'b': 1}),
-    ('vocab', None), ('vocab', [['a'], ['b']]), ('vocab', ['a', None]),
+    ('vocab', None), ('vocab', [['a'], ['b']]), ('vocab', ['a', None]), ('vocab', ['', 'a']), ('vocab', ['a', 'a ']), ('vocab', ['a', 'b'*201]),
     ('multi', 'no'), ('multi', 0), ('multi', None),
     ('split', None), ('split', {}), ('split', []), ('split', dict(WORDS['split'], by=1)), ('split', dict(WORDS['split'], valid_pct=2.)),
     ('split', dict(WORDS['split'], seed='x')), ('split', dict(WORDS['split'], other=1)), ('split', dict(WORDS['split'], valid_pct=float('nan'))),
@@ -215,6 +215,23 @@ def test_a_film_of_the_same_name_and_length(folder, checkpoint, tmp_path):
     film.write_bytes(data.replace(b'1.2.826', b'1.2.827'))
     assert film.stat().st_size == len(data) and film.read_bytes() != data
     with pytest.raises(ValueError, match='a checkpoint of other files. Ask'): Checkpoint(checkpoint, True, dict(lr=.1)).check(tiny(copy), 1)
+
+def test_a_film_with_other_pixels(folder, checkpoint, tmp_path):
+    "The same header and length, but not the same picture"
+    copy = shutil.copytree(folder, tmp_path/'copy')
+    film = label_table(copy).file[0]
+    data = bytearray(film.read_bytes())
+    data[-5] ^= 255
+    film.write_bytes(data)
+    with pytest.raises(ValueError, match='a checkpoint of other files'): Checkpoint(checkpoint, True, dict(lr=.1)).check(tiny(copy), 1)
+
+def test_a_split_without_a_seed_is_saved(folder, tmp_path):
+    learn = make_tiny(dicom_dls(folder, size=64, seed=None))
+    learn.network.arch = 'xresnet18'
+    learn.model = dicom_learner(learn.dls, 'xresnet18').model
+    learn.network.act_cls, learn.network.sa = 'Mish', True
+    save_model(learn, tmp_path/'m.safetensors')
+    assert load_model(tmp_path/'m.safetensors').dls.setup.split['seed'] is None
 
 def test_data_that_moved_are_the_same(folder, checkpoint, tmp_path, monkeypatch):
     moved = shutil.copytree(folder, tmp_path/'moved')

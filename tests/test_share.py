@@ -552,3 +552,10 @@ def test_names_for_those_who_cannot_see(page):
     assert page.evaluate("document.documentElement.lang") == 'en' and page.locator('h1').count() == 1 and page.locator('main').count() == 1
     ids = page.evaluate("[...document.querySelectorAll('[id]')].map(o => o.id)")
     assert len(ids) == len(set(ids))
+
+def test_results_of_names_that_are_hardly_any():
+    "A name of bytes that are no text, and one that is an ending only, have a result; none that a spreadsheet would take for a formula"
+    files = [Path('o')/name for name in ('\udce9.dcm', '.dcm', '-x.dcm', '=1+1.dcm', 'good.dcm')]
+    names = [o.name for o in result_names(files)]
+    assert len(set(names)) == 5 and all(names)
+    assert not any(o.startswith(('-', '=')) for o in names)
