@@ -34,6 +34,14 @@ def _fingerprint(fn):
     "32 hexadecimal digits of a file's content."
     with open(fn, 'rb') as f: return hashlib.file_digest(f, partial(hashlib.blake2b, digest_size=16)).hexdigest()
 
+# %% ../nbs/api/15_cache.ipynb #83f7f0e7
+def _write(kept, levels, closed):
+    "Write `levels` to the file `kept`, for its owner alone; so are the folders `closed`."
+    for folder in closed: private_folder(folder)
+    with whole(kept) as part:
+        part.touch(0o600)
+        levels.tofile(part)
+
 # %% ../nbs/api/15_cache.ipynb #f7289f2e
 class _Folder:
     "Files of one folder that may hold `limit` bytes, each named by the content of the film that it was made from."
@@ -61,11 +69,7 @@ class _Folder:
         if self.stored%200 == 0: self.full = self.used() >= self.limit
         self.stored += 1
         if self.full: return
-        try:
-            for folder in self.closed: private_folder(folder)
-            with whole(kept) as part:
-                part.touch(0o600)
-                levels.tofile(part)
+        try: _write(kept, levels, self.closed)
         except OSError as e:
             warnings.warn(f'{kept.parent}: images cannot be kept ({e.strerror}), so they are decoded each time.')
 

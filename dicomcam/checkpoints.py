@@ -229,6 +229,14 @@ def _training_state(learn, training):
     return dict(epoch=learn.epoch+1, training=training, versions=versions(), model=bare_model(learn).state_dict(),
         opt=learn.opt.state_dict(), recorder=_recorder_state(learn.recorder), rng=_rng_state(_shuffler(learn.dls)))
 
+# %% ../nbs/api/18_checkpoints.ipynb #929ef096
+def _unfit(state, about, learn, epochs):
+    "Why training cannot go on from `state`, and what to do; None: it can."
+    what = _other_training(state['training'], about)
+    if what: return f'checkpoint {what}. Ask for the same training, or delete it'
+    where = _spoilt(state, learn, epochs)
+    return where and f'spoilt checkpoint ({where}). Delete it'
+
 # %% ../nbs/api/18_checkpoints.ipynb #chk-class
 class Checkpoint(Callback):
     "After each epoch, writes to `fn` what it takes to go on; with `resume`, goes on from there."
@@ -248,12 +256,8 @@ class Checkpoint(Callback):
     ):
         "Raise ValueError if the checkpoint is of another training, or spoilt."
         self.about = _training(learn, epochs, self.recipe)
-        if not self.state: return
-        what = _other_training(self.state['training'], self.about)
-        if what:
-            raise ValueError(f'{self.fn}: a checkpoint {what}. Ask for the same training, or delete it to start anew.')
-        where = _spoilt(self.state, learn, epochs)
-        if where: raise ValueError(f'{self.fn}: a spoilt checkpoint ({where}). Delete it to start anew.')
+        unfit = self.state and _unfit(self.state, self.about, learn, epochs)
+        if unfit: raise ValueError(f'{self.fn}: a {unfit} to start anew.')
 
     def before_fit(self):
         self.check(self.learn, self.n_epoch)

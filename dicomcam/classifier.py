@@ -91,6 +91,7 @@ def unwrapped(
             'Pass the nn.Module that it was made of.')
     return model
 
+# %% ../nbs/api/26c_classifier.ipynb #db3ea496
 class _Model:
     "A fastai Learner or an `nn.Module`: batches in, outputs, scores and probabilities out."
     def __init__(self,
@@ -135,6 +136,9 @@ class _Model:
         except (KeyError, IndexError, TypeError) as e:
             raise ValueError(f'No output {self.output!r}: the model returns {_words(out)}.') from e
 
+# %% ../nbs/api/26c_classifier.ipynb #3452264b
+class _Scored(_Model):
+    "The same, with its outputs as scores and probabilities of classes."
     def scores(self, xb:Tensor) -> Tensor:
         "Class scores of one forward pass, (n, classes) in float32, before softmax or sigmoid. Raises ValueError."
         return self.as_scores(self.run(xb), len(xb))
@@ -164,8 +168,8 @@ def _words(out):
     return type(out).__name__
 
 # %% ../nbs/api/26c_classifier.ipynb #7bfe71b4
-class Classifier(_Model):
-    "A fastai Learner or an `nn.Module`, and what is asked of it: batches, scores, probabilities, names of classes."
+class _Named(_Scored):
+    "The same, with the names of its classes."
     def names(self, k:int) -> list:
         "Names of `k` classes: the vocabulary, if it is of that length, else numbers."
         return list(self.vocab) if self.vocab is not None and len(self.vocab) == k else list(range(k))
@@ -179,6 +183,9 @@ class Classifier(_Model):
         if not found: raise ValueError('No class: name one or more, or pass classes=None for all.')
         return found
 
+# %% ../nbs/api/26c_classifier.ipynb #17b0d769
+class Classifier(_Named):
+    "A fastai Learner or an `nn.Module`, and what is asked of it: batches, scores, probabilities, names of classes."
     def asked(self,
         xb:Tensor,     # A batch
         classes=None,  # Names or indices; None: all

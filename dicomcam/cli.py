@@ -104,6 +104,7 @@ _NO_ROOM = [os.strerror(o) for o in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
 
 def _no_room(why): return any(o in str(why) for o in _NO_ROOM)
 
+# %% ../nbs/api/37_cli.ipynb #1dfa9003
 def _inputs():
     "What the command that runs reads, --force or not."
     context = click.get_current_context(silent=True)

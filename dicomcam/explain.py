@@ -175,6 +175,7 @@ def _check_finite(maps, of):
     raise ValueError(f'{which}: the network gives NaN or infinity for {len(bad)} images. Its weights, or these images, '
         'are spoilt; in half precision, try float32.')
 
+# %% ../nbs/api/27_explain.ipynb #bf20db2f
 def explained(
     learn_or_model:Learner|nn.Module,
     items,               # What holds the images; see `as_batches`

@@ -81,6 +81,7 @@ def _method_map(map_of, act, g):
         m = map_of(_flat(act), g if g is None else _flat(g))
     return m.reshape(len(act), *act.shape[2:])
 
+# %% ../nbs/api/29_gradcam.ipynb #177709af
 @dataclass
 class _GradCam:
     "Raw maps of one batch, for `explained`."

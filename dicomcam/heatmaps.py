@@ -106,6 +106,9 @@ class _RawMaps:
         "What the network was given, (n, c, h, w)."
         return (self.images-on_cpu(self.norm.mean))/on_cpu(self.norm.std) if self.norm else self.images
 
+# %% ../nbs/api/25_heatmaps.ipynb #09658e91
+class _NamedMaps(_RawMaps):
+    "The same, asked by names."
     def cls(self, i:int, cls=None) -> int:
         "Position in `classes` of a name, or of an index into the vocabulary; None: the likeliest of image `i`."
         if cls is None: return int(self.probs[i].argmax())
@@ -125,7 +128,7 @@ class _RawMaps:
 # %% ../nbs/api/25_heatmaps.ipynb #heac0006
 _BOX = 'x', 'y', 'width', 'height', 'peak', 'mass'
 
-class _NativeMaps(_RawMaps):
+class _NativeMaps(_NamedMaps):
     "Maps on the rows x columns of the original images."
     def where(self,
         i:int,     # Number of the image
@@ -184,8 +187,8 @@ def _regions(heat, at):
     return rows
 
 # %% ../nbs/api/25_heatmaps.ipynb #heac0008
-class Heatmaps(_NativeMaps):
-    "Raw maps of some images, and what it takes to show them and to lay them over the originals."
+class _Pictures(_NativeMaps):
+    "Images as they can be shown, and the maps of what is no image."
     def picture(self,
         i:int,             # Number of the image
         native:bool=False, # The pixels of the original file, rather than those that the network saw
@@ -204,6 +207,9 @@ class Heatmaps(_NativeMaps):
         if x.ndim == 1: return show_signal(x, heats, titles, cmap)
         return show_planes((x-x.min())/(np.ptp(x) or 1), heats, titles, cmap=cmap)
 
+# %% ../nbs/api/25_heatmaps.ipynb #7391cc59
+class Heatmaps(_Pictures):
+    "Raw maps of some images, and what it takes to show them and to lay them over the originals."
     def show(self,
         i:int=0,             # Number of the image
         classes=None,        # Classes; None: all

@@ -71,9 +71,9 @@ def _width(layer):
 
 _FIRST = nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm # their channels come first
 
-class Trace:
-    """What all layers of a model did as one image went through it. Tokens of a network that has shuffled them (the
-    `Unroll` of Hiera) have no readable places."""
+# %% ../nbs/api/26_layers.ipynb #b5342709
+class _Trace:
+    "Notes what all layers of a model do as one image goes through it."
     def __init__(self,
         model:nn.Module, # In evaluation mode
         run:Callable,    # What runs it on a batch
@@ -102,6 +102,10 @@ class Trace:
         if out.shape[-1] == self.width and not isinstance(leaf, _FIRST): self.last = True
         if out.ndim == 3 and len(self.image) > 1: self.tokens.add(out.shape[1])
 
+# %% ../nbs/api/26_layers.ipynb #bf7b1a10
+class Trace(_Trace):
+    """What all layers of a model did as one image went through it. Tokens of a network that has shuffled them (the
+    `Unroll` of Hiera) have no readable places."""
     def layouts(self,
         name:str,         # Of a layer
         kind:str=None,    # Its layout, if that is known: 'nchw', 'nhwc' or 'tokens'
