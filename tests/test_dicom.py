@@ -569,7 +569,7 @@ def test_jpeg2000_in_tiny_pieces(kind):
     "Code-blocks of 4 x 4, precincts of 2 x 2, or the first in a tile's header: 2.7 GB for a few hundred bytes"
     src = by_pydicom(np.zeros((64,64), np.uint8), 8, uid.JPEG2000Lossless)
     b = bytearray(src)
-    for i in (b.index(b'\xff\x51')+6, b.index(b'\xff\x51')+22): b[i:i+8] = (9000).to_bytes(4, 'big')*2 # image, tile
+    for i in (b.index(b'\xff\x51')+6, b.index(b'\xff\x51')+22): b[i:i+8] = (7000).to_bytes(4, 'big')*2 # image, tile
     cod = b.index(b'\xff\x52')
     length = int.from_bytes(b[cod+2:cod+4], 'big')
     style = bytearray(b[cod:cod+2+length])
@@ -583,7 +583,13 @@ def test_jpeg2000_in_tiny_pieces(kind):
     else:
         sod = b.index(b'\xff\x93')
         b[sod:sod] = style
-    refused(encoded_frame(np.zeros((8,8), np.uint8), bytes(b), uid.JPEG2000Lossless, 8, Rows=9000, Columns=9000), 'blocks')
+    refused(encoded_frame(np.zeros((8,8), np.uint8), bytes(b), uid.JPEG2000Lossless, 8, Rows=7000, Columns=7000), 'blocks')
+
+def test_jpeg2000_decodes_in_32_bits():
+    "So each of its values counts twice: 9999 x 9999 of them, in a file of 500 bytes, took 1.2 GB"
+    src = bytearray(by_pydicom(np.zeros((64,64), np.uint8), 8, uid.JPEG2000Lossless))
+    for i in (src.index(b'\xff\x51')+6, src.index(b'\xff\x51')+22): src[i:i+8] = (9999).to_bytes(4, 'big')*2
+    refused(encoded_frame(np.zeros((8,8), np.uint8), bytes(src), uid.JPEG2000Lossless, 8, Rows=9999, Columns=9999), 'max_pixels')
 
 @pytest.mark.parametrize('kind', ['unsigned', 'signed', 'float', 'colour'])
 def test_memory_of_a_large_frame(kind):
