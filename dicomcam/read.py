@@ -22,6 +22,8 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.filereader import read_dataset, read_partial, read_preamble
 from pydicom.tag import BaseTag
 
+from .text import for_terminal
+
 # %% ../nbs/api/01_read.ipynb #6acd3e09
 MAX_PIXELS = 10**8 # Most values (rows x columns x samples) of one frame that are decoded, unless told otherwise
 
@@ -50,7 +52,7 @@ def dicom_errors(
     except NOT_ERRORS: raise
     except BaseException as e:
         if isinstance(e, DicomError) and str(e).startswith(name): raise
-        words = doing() if callable(doing) else doing
+        words = for_terminal(doing() if callable(doing) else doing) # it may name what the file says
         cause = e.__cause__ if isinstance(e, (DicomError, MemoryError)) else e
         raise DicomError(f'{name}: cannot be {words}: {_reason(e)}') from cause
 

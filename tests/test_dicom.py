@@ -799,3 +799,10 @@ def test_random_headers():
         n += 1
         assert y.dtype == np.float32 and 0 <= y.min() and y.max() <= 1, seed # false for NaN, too
     assert 300 < n < 1400
+
+def test_a_transfer_syntax_of_two_lines():
+    "What a file calls its encoding is told in one line, without control characters"
+    ds = pydicom.dcmread(get_testdata_file('CT_small.dcm', download=False))
+    ds.file_meta.TransferSyntaxUID = '1.2.8\n0.10008\x1b.1'
+    with pytest.raises(DicomError) as e: dicom_pixels(ds)
+    assert str(e.value).isprintable() and '1.2.8\\n0' in str(e.value)
