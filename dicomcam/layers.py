@@ -12,6 +12,7 @@ import difflib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -145,14 +146,14 @@ class Trace(_Trace):
         return f'Take {take}; or say how to read it: layout=FUNCTION, from its output to (n, c, h, w).'
 
 # %% ../nbs/api/26_layers.ipynb #layc0004
-def _outputs(trace, score, x):
-    "Outputs of all layers that have positions, each with its gradient or None."
+def _outputs(trace, score, x, most):
+    "Names of the last layers that have positions, at most so many, each with the gradient of its output or None."
     outputs: dict[str, Tensor] = {}
     def keep(name, module, inp, out): outputs[name] = single(out)
     places = {name: trace.model.get_submodule(name) for name in trace.places()}
     stream = {name: module for name, module in places.items() if not isinstance(module, nn.Linear)}
     with torch.enable_grad(), ExitStack() as hooks:
-        for name, module in (stream or places).items():
+        for name, module in list((stream or places).items())[-most:]:
             hooks.enter_context(module.register_forward_hook(partial(keep, name)))
         total = score(x.requires_grad_().clone()).sum()
         followed = {name: out for name, out in outputs.items() if out.requires_grad}
@@ -167,7 +168,7 @@ def last_place(
 ) -> str:           # Name of a layer
     "The last layer that has positions, and on which the score depends. Raises ValueError if there is none."
     width = None # of the last layer with positions
-    for name, gradient in reversed(_outputs(trace, score, x)):
+    for name, gradient in chain.from_iterable(reversed(_outputs(trace, score, x, most)) for most in (24, 10**6)):
         layout = trace.layout(name)
         channels = layout.channels(trace.seen[name].shape or ())
         width = width or channels
