@@ -8,7 +8,7 @@ Docs: https://dicomcam.github.io/dicomcam/api/layers.html.md"""
 __all__ = ['layer_name', 'conv_stages', 'single', 'Trace', 'last_place', 'last_stages', 'first_fine', 'fine_stage']
 
 # %% ../nbs/api/26_layers.ipynb #a2a36af2
-import difflib
+import difflib, weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -80,18 +80,19 @@ class _Trace:
         run:Callable,    # What runs it on a batch
         x:Tensor,        # One image, (1, c, *image)
     ):
-        self.model, self.image, self.prefixes = model, tuple(x.shape[2:]), prefixes_of(model)
-        self.names = {module: name for name, module in model.named_modules()}
-        self.shuffled = any(type(module).__name__ == 'Unroll' for module in self.names)
+        self.model = weakref.proxy(model) # a trace that is remembered does not keep its network
+        self.image, self.prefixes = tuple(x.shape[2:]), prefixes_of(model)
+        self.names = {id(module): name for name, module in model.named_modules()}
+        self.shuffled = any(type(module).__name__ == 'Unroll' for module in model.modules())
         self.seen: dict[str, Seen] = {} # in the order in which layers end
         self.width, self.last, self.tokens = None, False, set() # so far
         with torch.enable_grad(), ExitStack() as hooks: # with a gradient, as later: some layers go another way without
-            for module in self.names: hooks.enter_context(module.register_forward_hook(self._note))
+            for module in model.modules(): hooks.enter_context(module.register_forward_hook(self._note))
             run(x.requires_grad_().clone())
 
     def _note(self, module, inp, out):
         "A hook: one layer has run."
-        out, name = single(out), self.names[module]
+        out, name = single(out), self.names[id(module)]
         leaf, learns = not list(module.children()), next(module.parameters(), None) is not None
         if leaf and learns and out is not None and out.ndim > 2: self._note_leaf(module, out)
         shape, runs = None if out is None else tuple(out.shape), self.seen.pop(name, Seen()).runs+1
@@ -112,7 +113,7 @@ class Trace(_Trace):
         kind:str=None,    # Its layout, if that is known: 'nchw', 'nhwc' or 'tokens'
     ) -> list[Layout]:
         "What the layer's output can be read as."
-        seen = self.seen.get(self.names[self.model.get_submodule(name)], Seen())
+        seen = self.seen.get(self.names[id(self.model.get_submodule(name))], Seen())
         if kind: return told(kind, seen, self.image, self.prefixes)
         found = readings(seen, self.image, self.prefixes)
         return [o for o in found if o.kind == 'nchw'] if self.shuffled else found
@@ -122,7 +123,7 @@ class Trace(_Trace):
         kind:str=None,    # Its layout, if that is known
     ) -> Layout:
         "What the layer's output is. Raises ValueError where it has no positions, or could be read in several ways."
-        seen, found = self.seen.get(self.names[self.model.get_submodule(name)]), self.layouts(name, kind)
+        seen, found = self.seen.get(self.names[id(self.model.get_submodule(name))]), self.layouts(name, kind)
         if seen is None: why = 'did not run'
         elif seen.runs > 1: why = f'ran {seen.runs} times in one forward pass'
         elif seen.shape and seen.shape[0] != 1: why = f'returns {seen.shape[0]} rows of one image'

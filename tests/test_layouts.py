@@ -1,5 +1,5 @@
 "Networks of all kinds against autograd by hand and other libraries; what used to be wrong without a word, or stopped"
-import math, pickle, warnings
+import gc, math, pickle, warnings, weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np, pandas as pd, pytest, torch, torchvision
@@ -439,3 +439,12 @@ def test_cam_after_the_last_activation(library, name):
     h = cam(net, x)
     head = [m for m in net.modules() if isinstance(m, nn.Linear)][-1]
     with torch.no_grad(): torch.testing.assert_close(h.raw[0].mean((2, 3))+head.bias, net(x), rtol=1e-3, atol=1e-4*h.raw[0].abs().max().item())
+
+def test_a_network_that_was_explained_goes():
+    "What is remembered of a network's layers does not keep the network"
+    net = TinyNet()
+    gradcam(net, torch.zeros(1, 1, 64, 64) + torch.arange(64)/64, classes=0)
+    gone = weakref.ref(net)
+    del net
+    gc.collect()
+    assert gone() is None
