@@ -1,5 +1,5 @@
 "The phantom (layout, masks, same bytes, no shortcut), its cache, where data comes from on line and off, and whose lesion is where."
-import functools, http.server, os, shutil, socket, subprocess, sys, tarfile, threading, time
+import functools, gzip, hashlib, http.server, importlib.util, os, shutil, socket, subprocess, sys, tarfile, threading, time
 from pathlib import Path
 
 import cv2, numpy as np, pandas as pd, pydicom, pytest
@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 
 from dicomcam import anatomy, data, patients, projection, solids
 from dicomcam import phantom as phantom_
-from dicomcam.data import DownloadError, get_data, lesion_mask, phantom, siim_small
+from dicomcam.data import DownloadError, get_data, lesion_mask, phantom, rle_mask, siim_small
 
 # tag and VR of the elements of a SIIM_SMALL file, in their order
 SIIM = '''00080005CS 00080016UI 00080018UI 00080020DA 00080030TM 00080050SH 00080060CS 00080064CS 00080090PN 0008103ELO 00100010PN 00100020LO
@@ -224,7 +224,7 @@ def server(tmp_path):
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *a): pass
     s = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=str(tmp_path/'www')))
-    threading.Thread(target=s.serve_forever, daemon=True).start()
+    threading.Thread(target=s.serve_forever, args=(.02,), daemon=True).start()
     yield tmp_path/'www', f'http://127.0.0.1:{s.server_port}/siim_small.tgz'
     s.shutdown(); s.server_close()
 
@@ -437,3 +437,156 @@ def test_boxes_of_a_spreadsheet(films, encoding):
     assert spot(lesion_mask(films, films/'A'/'1.dcm')) == [(1, 1)]
     (films/'boxes.csv').write_bytes(b'PK\3\4')
     refuses(films, 'A/1.dcm', 'boxes.csv', 'a spreadsheet')
+
+def test_boxes_of_another_name(films):
+    boxes(films, 'B/2.dcm,1,1,1,1')
+    (films/'boxes.csv').rename(films/'readers.csv')
+    assert lesion_mask(films, films/'B'/'2.dcm') is None
+    assert spot(lesion_mask(films, films/'B'/'2.dcm', boxes='readers.csv')) == [(1, 1)]
+
+# --- the lesions of SIIM_SMALL
+
+UID = '1.2.276.0.7230010.3.1.4.8323329.%d.1517875%d.1' # as all of the challenge's
+HIT, TWO, NONE = (UID % o for o in ((1, 201), (2, 202), (3, 203)))
+LINES = [(NONE, '-1'), (TWO, '0 1'), (HIT, '2050 3 1021 2'), (TWO, '1048575 1')] # a film's lines need not be neighbours
+
+def by_hand(line, rows=1024, cols=1024):
+    "The same, pixel by pixel"
+    mask, at, numbers = np.zeros((rows, cols), bool), 0, iter(map(int, line.split()))
+    for skipped in numbers:
+        at += skipped
+        for _ in range(next(numbers)):
+            mask[at%rows, at//rows] = True
+            at += 1
+    return mask
+
+def table(lines): return gzip.compress(('ImageId, EncodedPixels\r\n'+''.join(f'{uid}, {line}\r\n' for uid, line in lines)).encode())
+
+@pytest.fixture
+def challenge(films, server, monkeypatch):
+    "Where the table can be downloaded, and a film that becomes one of the challenge: `film(uid)`"
+    www, url = server
+    (www/'rle.csv.gz').write_bytes(table(LINES))
+    monkeypatch.setattr(data, 'find_spec', lambda name: None)
+    monkeypatch.setattr(data, '_TABLE_URL', url.replace('siim_small.tgz', 'rle.csv.gz'))
+    monkeypatch.setattr(data, '_TABLE_SHA256', hashlib.sha256(table(LINES)).hexdigest())
+    clear = data._siim_lines.cache_clear
+    clear()
+    def film(uid, size=1024):
+        ds = read(films/'B'/'2.dcm')
+        ds.SOPInstanceUID, ds.Rows, ds.Columns = uid, size, size
+        ds.save_as(films/'B'/'2.dcm')
+        return lesion_mask(films, films/'B'/'2.dcm')
+    yield film
+    clear()
+
+@pytest.mark.parametrize('line', ['', '-1', '0 1', '5 0 1 2', '3 4 5 6', '34 1', '0 35'])
+def test_run_lengths(line): np.testing.assert_array_equal(rle_mask(line, (5, 7)), by_hand('' if line == '-1' else line, 5, 7))
+
+def test_run_lengths_of_several_lesions():
+    np.testing.assert_array_equal(rle_mask(['3 4', '1 2 10 5'], (5, 7)), by_hand('3 4', 5, 7)|by_hand('1 2 10 5', 5, 7))
+    assert rle_mask([]).shape == (1024, 1024) and not rle_mask([]).any()
+
+@pytest.mark.parametrize('line', ['1', '1 2 3', '-1 4', '-1 -1', '0 36', '35 1', '1 99999999999999999999', '1 a', '1.0 2', '\u0661 2'])
+def test_no_run_lengths(line):
+    with pytest.raises(ValueError, match='no run lengths|goes beyond 5 x 7'): rle_mask(line, (5, 7))
+
+def test_a_film_of_the_challenge(challenge, cache):
+    assert spot(challenge(HIT)) == [(2, 2), (2, 3), (3, 2), (3, 3), (4, 2)]
+    assert spot(challenge(TWO)) == [(0, 0), (1023, 1023)]
+    assert challenge(NONE) is None and challenge(UID % (9, 209)) is None
+    assert [o.name for o in (cache/'siim').iterdir()] == [data._TABLE]
+
+def test_what_a_folder_says_comes_first(challenge, films):
+    boxes(films, 'B/2.dcm,7,7,1,1')
+    assert spot(challenge(HIT)) == [(7, 7)]
+    draw(films/'masks'/'2.png', (9, 8), size=(1024, 1024))
+    assert spot(challenge(HIT)) == [(9, 8)]
+
+def test_the_table_is_downloaded_once(challenge, monkeypatch):
+    challenge(HIT)
+    data._siim_lines.cache_clear() # as in the next process
+    monkeypatch.setattr(data, 'urlopen', None)
+    assert challenge(HIT).any()
+
+@pytest.mark.parametrize('uid', ['1.2.840.1', '1.2.276.0.7230010.3.1.4.8323329.1.1560082132.1', f'{HIT}.5', HIT.replace('8323329', '2831159')])
+def test_films_of_other_hospitals_ask_nobody(challenge, monkeypatch, uid):
+    monkeypatch.setattr(data, '_siim_lines', lambda: pytest.fail('the table is asked for'))
+    assert challenge(uid) is None
+
+def test_a_film_of_the_challenge_that_was_made_smaller(challenge): assert challenge(HIT, 512) is None
+
+def test_what_cannot_be_read_has_no_lesion(challenge, films):
+    (films/'B'/'2.dcm').write_bytes(b'')
+    assert lesion_mask(films, films/'B'/'2.dcm') is None and lesion_mask(films, films/'gone.dcm') is None
+
+@pytest.mark.parametrize('fault', ['gone', 'another file', 'nobody answers', 'cache'])
+def test_the_table_cannot_be_had(challenge, cache, server, monkeypatch, fault):
+    "One line, once; and no half of a file is kept"
+    www, _ = server
+    if fault == 'gone': (www/'rle.csv.gz').unlink()
+    if fault == 'another file': (www/'rle.csv.gz').write_bytes(table(LINES[:1]))
+    if fault == 'nobody answers': monkeypatch.setattr(data, '_TABLE_URL', f'http://127.0.0.1:{closed()}/rle.csv.gz')
+    if fault == 'cache':
+        cache.mkdir(parents=True); (cache/'siim').write_text('a file')
+    with pytest.warns(UserWarning, match=r'masks of the SIIM challenge could not be had from http.*dicomcam\[xrv\]') as w: assert challenge(HIT) is None
+    assert len(w) == 1 and '\n' not in str(w[0].message)
+    assert not cache.exists() or not list(cache.rglob('*.gz')) and not list(cache.rglob('*.part'))
+    import warnings
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert challenge(TWO) is None # nobody is asked again
+
+def test_the_table_of_a_server_that_hangs():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0)); s.listen(5)
+        with pytest.raises(OSError): data._fetched(f'http://127.0.0.1:{s.getsockname()[1]}/rle.csv.gz', 1)
+
+def test_the_table_of_a_server_that_drips():
+    "A byte now and then: no single wait is long, and it would take for ever"
+    stop = threading.Event()
+    class Drips(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *a): pass
+        def do_GET(self):
+            self.send_response(200); self.end_headers()
+            while not stop.wait(.1): self.wfile.write(b'.')
+    s = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Drips)
+    threading.Thread(target=s.serve_forever, args=(.02,), daemon=True).start()
+    try:
+        with pytest.raises(OSError, match='within 1 seconds'): data._fetched(f'http://127.0.0.1:{s.server_port}/x', 1)
+    finally: stop.set(); s.shutdown(); s.server_close()
+
+def test_a_table_that_is_none(challenge, cache):
+    (cache/'siim').mkdir(parents=True)
+    for content in b'no gzip', table(LINES)[:40], gzip.compress(b'a,b,c\n1,2,3\n'):
+        (cache/'siim'/data._TABLE).write_bytes(content); data._siim_lines.cache_clear()
+        with pytest.warns(UserWarning, match='no lesion of a film of SIIM is known'): assert challenge(HIT) is None
+
+@pytest.fixture(scope='module')
+def lines():
+    "UID -> lines, as torchxrayvision has them"
+    if not importlib.util.find_spec('torchxrayvision'): pytest.skip('needs torchxrayvision: pip install "dicomcam[xrv]"')
+    data._siim_lines.cache_clear()
+    yield data._siim_lines()
+    data._siim_lines.cache_clear()
+
+def test_the_table_of_torchxrayvision(lines):
+    "12,954 lines of 12,047 films; a lesion in 2,669 of them, a pneumothorax covers 1 % of a film, none a quarter"
+    assert data._siim_table(1).name == data._TABLE
+    assert hashlib.sha256(data._siim_table(1).read_bytes()).hexdigest() == data._TABLE_SHA256
+    assert len(lines) == 12047 and sum(map(len, lines.values())) == 12954
+    assert all(map(data._OF_SIIM.fullmatch, lines))
+    ill = {uid: o for uid, o in lines.items() if [line.strip() for line in o] != ['-1']}
+    share = np.array([sum(sum(map(int, line.split()[1::2])) for line in o) for o in ill.values()])/1024**2
+    assert len(ill) == 2669 and .005 < np.median(share) < .02 and share.max() < .25
+
+def test_masks_of_torchxrayvision(lines, challenge, monkeypatch):
+    "Each run by hand; fastai's tutorial prints the header of 3297"
+    assert lines[UID.replace('1517875%d.1', '1517875177.149805') % 3297] == ['-1']
+    several = [uid for uid, o in lines.items() if len(o) > 1]
+    for uid in several[:2]+list(lines)[1:40:6]:
+        want = np.any([by_hand(line.strip()) for line in lines[uid] if line.strip() != '-1'] or [by_hand('')], axis=0)
+        monkeypatch.setattr(data, '_siim_lines', lambda: lines)
+        mask = challenge(uid)
+        np.testing.assert_array_equal(want if mask is None else mask, want)
+        assert (mask is None) == (not want.any())
