@@ -20,6 +20,10 @@ from dicomcam.classifier import *
 from dicomcam.explain import *
 from dicomcam.cam import *
 from dicomcam.gradcam import *
+from dicomcam.perturb import *
+from dicomcam.gradients import *
+from dicomcam.smooth import *
+from dicomcam.attribution import *
 from dicomcam.trust import *
 from dicomcam.share import *
 from dicomcam.folder import *
