@@ -1,6 +1,5 @@
 "Measures against values worked out by hand; baselines; weights that are put back"
 import numpy as np, pytest, torch
-from scipy.stats import bootstrap
 from test_cam import batch, make, same, state
 from tiny import TinyNet
 from torch import nn
@@ -8,7 +7,6 @@ from torch import nn
 from dicomcam.cam import Heatmaps
 from dicomcam.gradcam import gradcam
 from dicomcam.faithful import steps_between
-from dicomcam.intervals import mean_interval
 from dicomcam.trust import baselines, deletion, insertion, iobb, iou, localization, mass_in_mask, pointing_game, randomization, randomized
 
 def heatmaps(*maps, classes=('a',)):
@@ -62,7 +60,8 @@ def test_all_measures_of_several_maps_beside_the_baselines():
     t = localization([h, g], [LESION, None, LESION], 'a')
     assert t.index.get_level_values('map').unique().tolist() == ['test', 'other', 'centre', 'noise', 'edges'] and (t.n == 2).all()
     assert (t.loc['test', 'mean'] == 1).all() and t.loc[('other', 'l', 'mass'), 'mean'] == .5
-    assert ((t.low <= t['mean']) & (t['mean'] <= t.high)).all()
+    known = t.dropna() # two images alike say nothing of the next, unless they are hits or misses
+    assert ((known.low <= known['mean']) & (known['mean'] <= known.high)).all() and len(known) >= 10
 
 def test_baselines_know_nothing_of_the_model():
     a, b = [gradcam(TinyNet(3, seed, c_in=3), batch(3)) for seed in (0, 1)]
@@ -76,13 +75,6 @@ def test_baselines_know_nothing_of_the_model():
     h.images[:] = torch.tensor(LESION)
     e = baselines(h)[2].maps[0, 0, 0]
     assert e[15, 30] > 5*e[15, 35] and e[15, 30] > 5*e[15, 5]
-
-def test_interval_is_that_of_scipy():
-    v = np.random.default_rng(1).random(40)
-    mean, low, high = mean_interval(v)
-    ref = bootstrap((v,), np.mean, method='percentile', random_state=0).confidence_interval
-    assert mean == v.mean() and (low, high) == pytest.approx((ref.low, ref.high), abs=.01)
-    assert mean_interval([1, 1, 1]) == (1, 1, 1)
 
 @pytest.mark.parametrize('masks,match', [([LESION]*2, '1 images, but 2 masks'), ([None], 'No mask at all'), ([LESION[:, :-1]], 'rows x columns'), ([LESION*0], 'without a lesion')])
 def test_masks_that_cannot_be(masks, match):
