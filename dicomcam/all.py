@@ -7,6 +7,7 @@ from dicomcam.phi import *
 from dicomcam.phantom import *
 from dicomcam.data import *
 from dicomcam.summary import *
+from dicomcam.volume import *
 from dicomcam.dicom import *
 from dicomcam.pil import *
 from dicomcam.train import *
