@@ -191,27 +191,31 @@ class Classifier(_Named):
         classes=None,  # Names or indices; None: all
         target=None,   # 'predicted'; a class for each image; or a function from the output to (n,) numbers
         first:int=0,   # Number of the first image of the batch among all
+        score_of:Callable=None, # From scores (n, classes) and a class an image (n,) to (n,); None: that class's score
     ) -> Asked:
         "One forward pass, and what is to be explained of it. Raises ValueError."
         out, n = self.run(xb), len(xb)
         if callable(target): return self._number(out, n, target)
         scores = self.as_scores(out, n)
-        if target is None: return self.of_scores(scores, classes)
+        if target is None: return self.of_scores(scores, classes, score_of)
         probs, by_class = self.probs(scores), two_sided(scores)
         if isinstance(target, str) and target == 'predicted': columns = probs.argmax(1)
         else: columns = self._columns(target, first, probs)
         name = 'predicted' if isinstance(target, str) else 'target'
-        return Asked([_gathered(by_class, columns)], [name], _gathered(probs, columns)[:, None], [name])
+        return Asked([(score_of or _gathered)(by_class, columns)], [name], _gathered(probs, columns)[:, None], [name])
 
     def of_scores(self,
         scores:Tensor, # (n, classes)
         classes=None,  # Names or indices; None: all
+        score_of:Callable=None, # As for `asked`
     ) -> Asked:
         "The classes that are to be explained."
         probs, by_class = self.probs(scores), two_sided(scores)
         names = self.names(probs.shape[1])
         chosen = self.positions(classes, len(names))
-        return Asked([by_class[:, o] for o in chosen], [names[o] for o in chosen], probs[:, chosen], names)
+        if score_of is None: explained = [by_class[:, o] for o in chosen]
+        else: explained = [score_of(by_class, torch.full_like(by_class[:, 0], o, dtype=torch.long)) for o in chosen]
+        return Asked(explained, [names[o] for o in chosen], probs[:, chosen], names)
 
     def _columns(self, target, first, probs):
         "The position of each image's class."
