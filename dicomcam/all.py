@@ -26,6 +26,7 @@ from dicomcam.gradients import *
 from dicomcam.smooth import *
 from dicomcam.attribution import *
 from dicomcam.trust import *
+from dicomcam.froc import *
 from dicomcam.share import *
 from dicomcam.folder import *
 from dicomcam.demo import *

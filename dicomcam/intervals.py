@@ -76,7 +76,7 @@ def interval_text(
     "A metric and its interval as a person would write them."
     return f'{name} {o["value"]:.2f} ({o["low"]:.2f} to {o["high"]:.2f})'.replace('nan', '?')
 
-# %% ../nbs/api/21_intervals.ipynb #7ee27f90
+# %% ../nbs/api/21_intervals.ipynb #e86dc7b4
 def _by_patient(values, group):
     "Of values, one an image: mean, sum for each patient, and how far each patient pulls the mean off."
     values = np.asarray(values, float)
@@ -90,7 +90,7 @@ def _variance(errors):
     "Of a mean, from what `_by_patient` gives."
     return (errors**2).sum()/len(errors)/(len(errors)-1)
 
-# %% ../nbs/api/21_intervals.ipynb #33b2aad1
+# %% ../nbs/api/21_intervals.ipynb #ac80cc7e
 def proportion_interval(
     hits:ndarray,       # (n,) bool, one an image, or a list: is it a hit?
     group:ndarray=None, # (n,) whose image it is; None: each image is a patient of its own
@@ -132,7 +132,7 @@ def mean_interval(
     if 0 <= values.min() and values.max() <= 1: ends = ends.clip(0, 1)
     return mean, *map(float, ends)
 
-# %% ../nbs/api/21_intervals.ipynb #79ca168a
+# %% ../nbs/api/21_intervals.ipynb #d772e6a4
 def _chance(sums, seed):
     "How often the total is as far from 0 as it is, if the sign of each patient's sum is thrown."
     few, n = len(sums) <= 12, 10_000

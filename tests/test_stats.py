@@ -1,7 +1,10 @@
 "Intervals that hold the truth as often as they say, of shares, of skewed means, of areas, by patient; pairs; FROC curves worked out by hand."
-import numpy as np, pytest
+import numpy as np, pytest, torch
+from matplotlib import pyplot as plt
 from scipy.stats import beta, binom, norm, ttest_1samp, wilcoxon
 
+from dicomcam.froc import froc, froc_curve, froc_point, plot_froc
+from dicomcam.heatmaps import Heatmaps
 from dicomcam.intervals import interval, mean_interval, paired_difference, patient_resamples, proportion_interval, roc_area, roc_counts
 
 RATES, SIZES = (.1, .5, .9), (15, 30, 100)
@@ -134,3 +137,83 @@ def test_pairs_see_what_two_intervals_do_not():
     ease = rng.normal(size=40)
     a, b = ease+.3+rng.normal(size=40)/4, ease+rng.normal(size=40)/4
     assert mean_interval(a)[1] < mean_interval(b)[2] and paired_difference(a, b)['low'] > 0 and paired_difference(a, b)['p'] < .001
+
+# FROC
+
+def spots(*values, shape=(8, 40)):
+    "A map of -0.1 with spots of 2 x 2 pixels, ten apart"
+    m = np.full(shape, -.1)
+    for k, value in enumerate(values): m[3:5, 10*k+2:10*k+4] = value
+    return m
+
+FILMS = spots(.9, .5, .3), spots(.4, .8), spots(0, 0, .6), spots()
+LESIONS = spots(1, 1) > 0, spots(1) > 0, None, None
+
+def test_froc_worked_out():
+    t = froc_curve(FILMS, LESIONS, thresholds=[.2, .7, .45])
+    assert t.index.tolist() == [.7, .45, .2] and (t.lesions == 3).all() and (t.healthy == 2).all()
+    assert t.sensitivity.tolist() == pytest.approx([1/3, 2/3, 1]) # 0.9; and 0.5; and 0.4
+    assert t.fp_healthy.tolist() == [0, .5, .5] and t.lit.tolist() == [0, .5, .5]
+    assert t.fp_film.tolist() == [1/4, 2/4, 3/4] # 0.8; and 0.6; and 0.3
+    assert tuple(t.loc[.7, ['lit', 'lit_low', 'lit_high']]) == proportion_interval([0, 0])
+    assert tuple(t.loc[.45, ['sensitivity', 'low', 'high']]) == proportion_interval([1, 1, 0], [0, 0, 1]) # two lesions of one patient
+    point = froc_point(t, .1)
+    assert (point.name, point.sensitivity) == (.7, pytest.approx(1/3)) and froc_point(t, .5).name == froc_point(t, 1, 'fp_film').name == .2
+    with pytest.raises(ValueError, match='larger thresholds'): froc_point(t.iloc[1:], .1)
+
+def test_froc_by_patient():
+    "Every film twice: no more evidence, if the patients are known"
+    kw = dict(thresholds=[.45])
+    once, twice = froc_curve(FILMS, LESIONS, **kw), froc_curve(FILMS*2, LESIONS*2, group=[0, 1, 2, 3]*2, **kw)
+    naive = froc_curve(FILMS*2, LESIONS*2, **kw)
+    assert (twice.high-twice.low).item() > (naive.high-naive.low).item() and (twice.fp_high-twice.fp_low).item() > (naive.fp_high-naive.fp_low).item()
+    assert twice.sensitivity.item() == once.sensitivity.item()
+
+def test_froc_the_higher_peak_of_merged_regions_counts():
+    m = spots(.9, .5)
+    m[3:5, 4:12] = .2 # a bridge
+    t = froc_curve([m], [spots(0, 1) > 0], thresholds=[.1, .3, .6])
+    assert t.sensitivity.tolist() == [0, 1, 0] and t.fp_film.tolist() == [1, 1, 1]
+    assert t.fp_healthy.isna().all() and t.lit.isna().all() # no healthy film, nothing known of any
+
+def test_froc_criteria():
+    wide = spots(.9)
+    wide[:, :20] = wide[:, :20].clip(.5) # 160 pixels, 4 of them lesion
+    def found(**kw): return froc_curve([wide], [LESIONS[1]], thresholds=[.4], **kw).sensitivity.item()
+    assert found() == 1 and found(hit='iou') == found(hit='iobb') == 0
+    assert [found(hit=o, overlap=.024) for o in ('iou', 'iobb')] == [1, 1] and [found(hit=o, overlap=4/160) for o in ('iou', 'iobb')] == [0, 0]
+    bent = np.zeros((8, 40))
+    bent[1:7, 2:4] = bent[6, 2:8] = 1 # 16 pixels in a box of 36
+    lesion = np.zeros((8, 40), bool)
+    lesion[1:7, 2:8] = True
+    for hit, share in dict(iou=16/36, iobb=1).items():
+        for overlap, yes in ((share-.01, 1), (share, 0)): assert froc_curve([bent], [lesion], thresholds=[.5], hit=hit, overlap=overlap).sensitivity.item() == yes, hit
+
+def test_froc_of_large_films_and_of_all_thresholds():
+    "A film of 1,200 x 900, whose map comes from 12 x 9 cells; the default thresholds reach from the top to nearly nothing"
+    def large(a): return np.kron(a, np.ones((100, 100)))
+    ill, mask = np.zeros((12, 9)), np.zeros((12, 9))
+    ill[3, 4], ill[9, 1], mask[3, 4] = 2, .5, 1
+    t = froc_curve([large(ill), large(ill*.1)], [large(mask), None])
+    assert len(t) == 60 and t.index[0] == 2 and t.index[-1] == pytest.approx(.002)
+    assert t.sensitivity.eq(1).all() and t.fp_healthy[t.index > .2].eq(0).all() and t.fp_healthy.iloc[-1] == 2 and t.fp_film.iloc[-1] == 1.5
+
+@pytest.mark.parametrize('change,match', [(dict(hit='dice'), 'peak, iou, iobb'), (dict(thresholds=[0, 1]), 'above 0'), (dict(masks=[None]*4), 'needs ill films'),
+                                          (dict(masks=[LESIONS[0] & False, None, None, None]), 'None for a healthy film'), (dict(masks=[LESIONS[0].T, None, None, None]), 'A mask of'),
+                                          (dict(maps=[spots()]*4), 'nothing speaks')])
+def test_froc_that_cannot_be(change, match):
+    with pytest.raises(ValueError, match=match): froc_curve(**dict(maps=FILMS, masks=LESIONS) | change)
+
+def test_froc_of_heatmaps():
+    "On the raw scale, not on each map's own; a map that speaks against the class is dark"
+    raw = torch.tensor(np.stack([*FILMS, -spots(3)*30]), dtype=torch.float32)[:, None]
+    h = Heatmaps([raw, raw*0+1], torch.zeros(5, 1, 8, 40), torch.ones(5, 1), ['a'], ['l', 'm'], 'test')
+    masks = [*LESIONS, None]
+    t = froc(h, masks, 'a', 'l', thresholds=[.2, .45, .7])
+    assert t.sensitivity.tolist() == pytest.approx([1/3, 2/3, 1]) and t.lit.tolist()[0] == pytest.approx(1/3) # -0.1 * -30 = 3 all around the spot
+    assert froc(h, masks, 'a', thresholds=[.5]).fp_healthy.item() == 1 # the last layer
+    with pytest.raises(ValueError, match='5 images, but 4 masks'): froc(h, LESIONS, 'a')
+    ax = plot_froc(t, label='map')
+    assert ax.lines[0].get_xydata().tolist() == t[['fp_healthy', 'sensitivity']].to_numpy().tolist() and 'healthy film' in ax.get_xlabel()
+    assert plot_froc(t, ax, per='fp_film').lines[-1].get_xdata().tolist() == t.fp_film.tolist()
+    plt.close('all')
