@@ -11,6 +11,7 @@ from dicomcam.volume import *
 from dicomcam.dicom import *
 from dicomcam.pil import *
 from dicomcam.train import *
+from dicomcam.chest import *
 from dicomcam.interpret import *
 from dicomcam.planes import *
 from dicomcam.heatmaps import *
