@@ -19,6 +19,7 @@ from fastai.learner import Learner
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .chest import chest_network
 from .files import whole
 from .batches import Setup, any_source, dicom_block, setup_of
 from .networks import ACTIVATIONS, bare_model, build_model, dicom_learner, spoilt_weight, versions
@@ -114,6 +115,15 @@ def _check_tensors(
         except (RuntimeError, AssertionError, ValueError) as e:
             raise ValueError(f'{arch} takes no images of {size} pixels') from e
 
+# %% ../nbs/api/19_models.ipynb #2919cd67
+def _of_xrv(name, dls):
+    "The Learner of a chest network 'xrv:NAME', to go on with `dls`, if there are any."
+    learn = chest_network(name.removeprefix('xrv:'))
+    if dls is None: return learn
+    _check_classes(dict(vocab=list(learn.dls.vocab)), dls)
+    learn.dls = dls
+    return learn
+
 # %% ../nbs/api/19_models.ipynb #3f5b45a8
 _HEADER = 2**22 # bytes: ten times what the largest network of timm takes; safetensors reads up to 100 MB
 
@@ -141,7 +151,9 @@ def load_model(
     dls:DataLoaders=None, # To go on with (`validate`, `fit`); None: empty ones, enough for `predict` and heatmaps
 ) -> Learner:
     """The learner of a model file, in evaluation mode, without any data at hand. Nothing is downloaded, and nothing
-    built before the file is checked. Raises FileNotFoundError, or for what is no such file ValueError, of one line."""
+    built before the file is checked. Raises FileNotFoundError, or for what is no such file ValueError, of one line.
+    'xrv:NAME' stands for `chest_network(NAME)`."""
+    if str(fn).startswith('xrv:'): return _of_xrv(str(fn), dls)
     fn = Path(fn)
     if not fn.is_file():
         raise FileNotFoundError(f'{fn}: no such file. Save one with save_model(learn, fn), '

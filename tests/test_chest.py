@@ -303,3 +303,30 @@ def test_weights_from_their_state_dict(home, xrv, films, tmp_path):
     torch.save(theirs.state_dict(), tmp_path/'w.pt')
     one, other = (chest_network(RES, o) for o in (tmp_path/'w.pt', None))
     torch.testing.assert_close(one.model(torch.ones(1, 1, 64, 64)/3), other.model(torch.ones(1, 1, 64, 64)/3))
+
+# --- by name
+
+def test_a_model_by_name(home, learn, folder):
+    from dicomcam.batches import dicom_dls
+    from dicomcam.models import load_model
+    same = load_model(f'xrv:{DENSE}')
+    assert all(torch.equal(a, b) for a, b in zip(same.model.parameters(), learn.model.parameters()))
+    with pytest.raises(ValueError, match='No chest network'): load_model('xrv:all')
+    with pytest.raises(ValueError, match='its classes are'): load_model(f'xrv:{DENSE}', dicom_dls(folder, size=64))
+
+def test_findings_of_a_folder_without_labels(home, films, tmp_path, monkeypatch):
+    "dicomcam explain"
+    import pandas as pd
+    from click.testing import CliRunner
+    from dicomcam.cli import main
+    file, name = films(300, 280), 'densenet121-res224-rsna'
+    r = CliRunner().invoke(main, ['explain', f'xrv:{name}', str(file), '--out', str(tmp_path/'out')])
+    assert r.exit_code == 0, r.output
+    df = pd.read_csv(tmp_path/'out'/'heatmaps.csv')
+    learn = chest_network(name)
+    probs, _ = learn.get_preds(dl=learn.dls.test_dl([file], num_workers=0))
+    np.testing.assert_allclose(df[list(learn.dls.vocab)].iloc[0], probs[0], atol=1e-5)
+    assert len(list((tmp_path/'out').rglob('*.png'))) == 1
+    monkeypatch.setenv('HOME', str(tmp_path))
+    r = CliRunner().invoke(main, ['explain', f'xrv:{name}', str(file), '--out', str(tmp_path/'again')])
+    assert r.exit_code == 2 and 'could not be downloaded' in r.stderr.splitlines()[-1] and not (tmp_path/'again').exists()
