@@ -26,10 +26,19 @@ _all_ = ['upsample', 'positive', 'to_unit', 'Heatmaps', 'as_found', 'outputs_of'
 def _near(a, b, tol):
     return a.shape == b.shape and not (a-b).abs().max() > tol*b.abs().max() # NaN passes: `explain` names it
 
-def _pooled(act, head, given, scores, tol):
-    "`act` or its ReLU, whichever has the head's input as its means. None: not pooling and one linear layer."
-    if not given or not _near(head(given[-1]).float(), scores, tol): return None
-    return next((a for a in (act, act.relu()) if _near(a.flatten(2).mean(2), given[-1].float(), tol)), None)
+def _heads(head, given, scores, tol):
+    "What a layer's means may be, each with the weights that make the scores of it, biases apart."
+    heads = [(scores, torch.eye(scores.shape[1], device=scores.device))] # the last convolution has a map a class
+    if not given or not _near(head(given[-1]).float(), scores, tol): return heads
+    return [(given[-1].float(), head.weight.float()), *heads]
+
+def _pooled(act, heads, tol):
+    "`act` or its ReLU, whichever has means that one of `heads` takes, and that one's weights. None: neither has."
+    for a in (act, act.relu()):
+        means = a.flatten(2).mean(2)
+        for taken, weight in heads:
+            if _near(means, taken, tol): return a, weight
+    return None
 
 # %% ../nbs/api/28_cam.ipynb #cf0c746b
 def _last_layers(trace):
@@ -45,12 +54,13 @@ def _cam_batch(c, xb, first, classes):
     head = next((m for m in reversed(list(c.model.modules())) if isinstance(m, nn.Linear)), None)
     with torch.no_grad(), outputs_of(c.model, names) as acts, inputs_of(head) as given: scores = c.scores(xb)
     tol = 1e-3 if xb.dtype == torch.float32 else 3e-2
-    pooled = ((name, _pooled(acts[name].detach().float(), head, given, scores, tol)) for name in names)
-    layer, act = next(((name, act) for name, act in pooled if act is not None), (None, None))
-    if act is None:
+    heads = _heads(head, given, scores, tol)
+    pooled = ((name, _pooled(acts[name].detach().float(), heads, tol)) for name in names)
+    layer, found = next(((name, found) for name, found in pooled if found), (None, None))
+    if found is None:
         raise ValueError('CAM needs global average pooling and one linear layer right after the last convolutional '
             f'stage, here {names[0]}; this model has another head. Use gradcam, which takes any.')
-    weight = head.weight.float()
+    act, weight = found
     if len(weight) == 1: weight = torch.cat([-weight, weight])
     asked = c.of_scores(scores, classes)
     maps = torch.einsum('kc,nc...->nk...', weight[c.positions(classes, len(weight))], act)
@@ -64,12 +74,13 @@ def cam_maps(
     return partial(_cam_batch, classes=classes)
 
 def cam(
-    learn_or_model:Learner|nn.Module, # Ends in global average pooling and one linear layer
+    learn_or_model:Learner|nn.Module, # Ends in global average pooling, and at most one linear layer
     items,                            # Path, folder, table, images, dataset, or a batch (n, c, h, w); see `as_batches`
     classes:str|int|list|None=None,   # Names or indices; None: all
     act=None,                         # From scores to probabilities; None: what `Classifier` takes
 ) -> Heatmaps:                        # One layer, the last convolutional stage; raw maps in units of the score
     """Class activation maps (Zhou et al. 2016) of all `classes` from one forward pass a batch.
 
-    The mean of a map over its positions, plus the bias, is the class score. Raises ValueError for another head."""
+    The mean of a map over its positions, plus the bias, is the class score. Where the last convolution makes a map a
+    class, as in SqueezeNet, that is it. Raises ValueError for another head."""
     return explain(learn_or_model, items, cam_maps(classes), 'cam', act)

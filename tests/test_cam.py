@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from tiny import TinyNet
-from torchvision.models import densenet121, resnet18
+from torchvision.models import densenet121, mobilenet_v3_small, resnet18, squeezenet1_0, squeezenet1_1
 
 from dicomcam.cam import cam
 from dicomcam.explain import as_found, outputs_of, view_of
@@ -60,14 +60,48 @@ class Scaled(MaxPooled):
     "GAP and one linear layer, but the scores are not what that gives"
     def forward(self, x): return 2*self.head(self.body(x).mean((2, 3)))
 
-class Convs(nn.Module):
-    "No linear layer at all"
-    def __init__(self): super().__init__(); self.conv = nn.Conv2d(3, 2, 3)
-    def forward(self, x): return self.conv(x).mean((2, 3))
+def conv_after_pooling():
+    timm = pytest.importorskip('timm')
+    return timm.create_model('mobilenetv3_small_050', num_classes=2)
 
-@pytest.mark.parametrize('net', [Flat, MaxPooled, Scaled, Convs, lambda: create_vision_model(resnet18, 2, pretrained=False)])
+@pytest.mark.parametrize('net', [Flat, MaxPooled, Scaled, conv_after_pooling, lambda: mobilenet_v3_small(num_classes=2),
+                                 lambda: create_vision_model(resnet18, 2, pretrained=False)])
 def test_cam_refuses_another_head(net):
-    with pytest.raises(ValueError, match='Use gradcam'): cam(net(), batch())
+    with pytest.raises(ValueError, match='another head. Use gradcam'): cam(net(), batch())
+
+class Convs(nn.Module):
+    "No linear layer at all: a map for each class"
+    def __init__(self): super().__init__(); self.first, self.conv = nn.Conv2d(3, 8, 3, 2), nn.Conv2d(8, 2, 1)
+    def forward(self, x): return self.conv(self.first(x).relu()).mean((2, 3))
+
+@pytest.mark.parametrize('make_net', [Convs, lambda: squeezenet1_1(num_classes=2), lambda: squeezenet1_0(num_classes=2)])
+def test_cam_where_the_last_convolution_has_a_map_for_each_class(make_net):
+    torch.manual_seed(0)
+    net, x = make_net().eval(), batch()
+    h = cam(net, x)
+    with torch.no_grad(): torch.testing.assert_close(h.raw[0].mean((2, 3)), net(x))
+    assert h.raw[0].shape[2] > 1 and torch.equal(cam(net, x, classes=[1]).raw[0][:, 0], h.raw[0][:, 1])
+
+def test_cam_of_one_map_is_two_classes():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 1, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    h = cam(net, batch())
+    torch.testing.assert_close(h.raw[0].mean((2, 3)), torch.cat([-net(batch()), net(batch())], 1).detach())
+
+@pytest.mark.parametrize('name', ['efficientnet_b0', 'mobilenetv2_050', 'densenet121', 'test_efficientnet'])
+def test_cam_after_the_last_activation_in_timm(name):
+    timm = pytest.importorskip('timm')
+    torch.manual_seed(0)
+    net, x = lively(timm.create_model(name, num_classes=3, drop_rate=.2)).eval(), batch()
+    h = cam(net, x)
+    with torch.no_grad(): score = net(x) - net.get_classifier().bias
+    torch.testing.assert_close(h.raw[0].mean((2, 3)), score, rtol=1e-3, atol=1e-4*h.raw[0].abs().max().item())
+
+def test_cam_with_a_dropout_before_the_head():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(.5), nn.Linear(8, 3))
+    h = cam(net, batch())
+    with torch.no_grad(): torch.testing.assert_close(h.raw[0].mean((2, 3))+net[-1].bias, net.eval()(batch()))
 
 def test_single_logit_is_two_classes():
     torch.manual_seed(0)
