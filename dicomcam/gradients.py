@@ -40,8 +40,13 @@ class _ByCaptum(Asking):
 
     def _map(self, x, ask, j):
         "The raw map of one image and its question `j`, summed over the image's channels."
-        def score(copies): return ask(copies.clone())[j] # the network may change its input in place
-        return self.make(score).attribute(x, **self.options(x)).detach().sum(1)[0]
+        def score(copies):
+            scores = ask(copies.clone())[j] # the network may change its input in place
+            if scores.requires_grad: return scores
+            raise ValueError('The scores do not depend on the input in a way that autograd can follow. '
+                'Take occlusion, which needs no gradient.')
+        x = x.clone().requires_grad_()
+        return self.make(score).attribute(x, **self.options(x.detach())).detach().sum(1)[0]
 
 # %% ../nbs/api/29c_captum.ipynb #e5146128
 def gradient_x_input_maps(

@@ -288,7 +288,8 @@ class _Occlusion(Asking):
     def __call__(self, c, xb, first):
         image, nothing = xb.shape[2:], filled(xb, self.fill)
         patch = [max(1, side//8) for side in image] if self.patch is None else _sides(self.patch, image, 'patch')
-        stride = [(o+1)//2 for o in patch] if self.stride is None else _sides(self.stride, image, 'stride')
+        step = 1 if len(image) == 3 else 2 # of a volume, half a patch would be thousands of places
+        stride = [-(-o//step) for o in patch] if self.stride is None else _sides(self.stride, image, 'stride')
         spans = [_spans(*o).to(xb.device) for o in zip(image, patch, stride)]
         asked = c.asked(xb.clone(), self.classes, self.target, first)
         images = zip(xb, nothing, torch.stack(asked.scores, 1), self.askers(c, xb, first))
@@ -324,7 +325,7 @@ def occlusion(
     target=None,
     output=None,
     patch:int|Sequence[int]|None=None,       # Pixels, or a number for each axis; None: an eighth of each
-    stride:int|Sequence[int]|None=None,      # Pixels from one patch to the next; None: half a patch
+    stride:int|Sequence[int]|None=None,      # From one patch to the next; None: half a patch, in volumes a whole one
     fill:str|float='mean',                   # What is in it: 'mean', 'blur', 'black', or a value of the network's input
     bs:int=32,                               # Occluded copies of an image in one forward pass
     batches:bool=False,                      # An iterator over `Heatmaps` of a batch each, for any number of images?

@@ -9,7 +9,7 @@ __all__ = ['SMOOTHINGS', 'noisy', 'augmented', 'smoothed']
 
 # %% ../nbs/api/29d_smooth.ipynb #86226cf8
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 
 import torch
 
@@ -20,7 +20,8 @@ from .perturb import fixed_target
 def _given(maps_of, **kw):
     "`maps_of` with those of `kw` that it has, for smoothing that is smoothed: inside."
     if isinstance(maps_of, _Smoothed): return replace(maps_of, maps_of=_given(maps_of.maps_of, **kw))
-    has = [o.name for o in fields(maps_of)] if hasattr(maps_of, '__dataclass_fields__') else []
+    if not is_dataclass(maps_of): return maps_of
+    has = [o.name for o in fields(maps_of)]
     return replace(maps_of, **{name: value for name, value in kw.items() if name in has})
 
 @dataclass
