@@ -29,5 +29,6 @@ from dicomcam.attribution import *
 from dicomcam.trust import *
 from dicomcam.froc import *
 from dicomcam.share import *
+from dicomcam.team import *
 from dicomcam.folder import *
 from dicomcam.demo import *

@@ -9,7 +9,7 @@ __all__ = ['main', 'summary', 'train', 'explain', 'report', 'demo', 'run_demo']
 
 # %% ../nbs/api/37_cli.ipynb #d14a73e8
 import errno, logging, os, traceback, warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 
@@ -17,9 +17,9 @@ import click
 from fastcore.basics import compose
 
 from . import __version__
-from .files import plain_progress, remove, whole
+from .files import helping, plain_progress, remove, whole
 from .text import for_terminal
-from .folder import found_files, write_heatmaps
+from .folder import draw_heatmaps, found_files, write_table
 from .demo import run_demo
 
 _all_ = ['run_demo'] # where it was in 0.1
@@ -113,6 +113,11 @@ def _inputs():
     labels = Path(given.get('folder') or '')/(given.get('labels') or '')
     return {Path(o).expanduser().resolve() for o in (*named, labels) if o}
 
+def _too_late():
+    "From here on the command is not to be stopped any more."
+    ending = getattr(click.get_current_context(silent=True), 'obj', None)
+    if ending: ending()
+
 @contextmanager
 def _output(
     out,          # File or folder
@@ -124,11 +129,10 @@ def _output(
     path = _place(out, folder)
     _may_write(path, out, force)
     if path in _inputs(): raise ValueError(f'{out}: is what the command reads. Name another place with --out.')
-    ending = getattr(click.get_current_context(silent=True), 'obj', None)
     try:
         with whole(path, merge=force or os.name == 'nt') as part:
             yield part
-            if ending: ending() # from here on it is too late to stop
+            _too_late()
             _may_write(path, out, force) # another command may have been faster
     except Exception as e:
         if _no_room(e): raise OSError(f'{out}: could not be written. {e}') from e
@@ -255,6 +259,37 @@ def train(folder, labels, by, seed, checkpoint, resume, out, force, **recipe):
             _say(evaluate(df, positive=cls))
     _tell(f'Model in {out}')
 
+# %% ../nbs/api/37_cli.ipynb #7458dc10
+def _engine(model, layer, method, cls):
+    "Classes of the model in a file, what explains files by it, and the layer's name. Raises ValueError."
+    import torch
+    from dicomcam.gradcam import gradcam
+    from dicomcam.layers import fine_stage
+    from dicomcam.models import load_model
+    learn = load_model(model)
+    maps = partial(gradcam, learn, layers=fine_stage(learn) if layer is None else layer, method=method)
+    size = learn.dls.setup.size
+    shown, = maps(torch.zeros(1, 1, size, size), classes=cls).layers
+    return list(learn.dls.vocab), maps, shown
+
+def _check_failed(failed, n):
+    "Raise OSError for a full disk, which is not the file's fault, and ValueError where all `n` files failed."
+    for why in filter(_no_room, failed.values()): raise OSError(why)
+    if len(failed) < n: return
+    raise ValueError(f'None of the {n} files could be explained, the first because: {next(iter(failed.values()))}')
+
+def _help(team, out, engine, draw):
+    "A share of `explain`, in a process that is not the first. Did a file fail, in any of them?"
+    part, files = team.from_first()
+    if not part.is_dir(): raise OSError(f'{out}: all machines must see this folder. Name one that they share with --out.')
+    with helping(part) as done:
+        vocab, maps, _ = engine()
+        drawn = draw(part, maps, files, vocab, team, progress=False)
+        done()
+        team.to_first(drawn)
+    _too_late()
+    return team.from_first()
+
 # %% ../nbs/api/37_cli.ipynb #b1cacce4
 @main.command()
 @click.argument('model')
@@ -275,22 +310,21 @@ def explain(model, files, method, layer, cls, dicom, bs, phi, out, force):
     \b
     Example: dicomcam explain model.safetensors ~/xrays/train --class Pneumonia --out heatmaps
     """
-    with _output(out, force, folder=True) as part:
-        import torch
-        from dicomcam.gradcam import gradcam
-        from dicomcam.layers import fine_stage
-        from dicomcam.models import load_model
-        files, learn = found_files(files), load_model(model)
-        maps = partial(gradcam, learn, layers=fine_stage(learn) if layer is None else layer, method=method)
-        size = learn.dls.setup.size
-        shown, = maps(torch.zeros(1, 1, size, size), classes=cls).layers
-        _tell(f'Heatmaps of layer {shown}')
-        part.mkdir()
-        failed = write_heatmaps(part, maps, files, list(learn.dls.vocab), cls, dicom, bs, phi)
-        for why in filter(_no_room, failed.values()): raise OSError(why) # that is not the file's fault
-        if len(failed) == len(files):
-            first = next(iter(failed.values()))
-            raise ValueError(f'None of the {len(files)} files could be explained, the first because: {first}')
+    from dicomcam.team import Team
+    engine = partial(_engine, model, layer, method, cls)
+    def draw(part, maps, files, vocab, team, progress=True):
+        return draw_heatmaps(part, maps, files, vocab, cls, dicom, bs, phi, team.share(len(files), bs), progress)
+    with Team() as team:
+        if not team.first: click.get_current_context().exit(int(_help(team, out, engine, draw)))
+        with _output(out, force, folder=True) as part:
+            files = found_files(files)
+            vocab, maps, shown = engine()
+            _tell(f'Heatmaps of layer {shown}')
+            part.mkdir()
+            team.from_first((part, files))
+            failed = write_table(part, team.to_first(draw(part, maps, files, vocab, team)), files, vocab)
+            _check_failed(failed, len(files))
+        with suppress(ConnectionError): team.from_first(bool(failed)) # all is done: who has gone by now is not missed
     for file, why in failed.items(): _tell(why if str(file) in why else f'{file}: {why}', err=True)
     _tell(f'{len(files)-len(failed)} of {len(files)} explained. Results in {out}: heatmaps.csv and the pictures')
     if failed: click.get_current_context().exit(1)

@@ -59,14 +59,14 @@ def _checked(items):
 # %% ../nbs/api/26b_items.ipynb #1605a64c
 def _first(batch): return batch[0] if isinstance(batch, (tuple, list)) else batch # without its labels
 
-def _is_batch(items, learn):
-    "Is it a batch already? An array of fewer axes is an image, where a Learner can make a batch of it."
-    if isinstance(items, Tensor): return True
-    return isinstance(items, np.ndarray) and (items.ndim > 3 or learn is None)
-
 def _from_files(o):
     "Do this dataset's or loader's items come from files?"
     return isinstance(o, (DataLoader, Datasets)) and isinstance(next(iter(getattr(o, 'items', ())), None), (str, Path))
+
+def _parts(array, bs):
+    "An array as tensors of `bs` images. Each is a copy: the array may be on disk, and not be written to."
+    array = np.atleast_1d(array)
+    for k in range(0, max(len(array), 1), bs): yield check_batch(torch.tensor(array[k:k+bs]))
 
 def as_batches(
     items,              # Path, folder, table, images in memory, several of them; dataset, loader; batch
@@ -74,7 +74,8 @@ def as_batches(
     bs:int=64,          # Images in a part of a batch, at most
 ) -> tuple[list[Path]|None, Iterator[Tensor]]: # The files, if there are any; batches
     "Batches of whatever holds the images. Raises ValueError or FileNotFoundError."
-    if _is_batch(items, learn): return None, iter(check_batch(torch.as_tensor(items)).split(bs))
+    if isinstance(items, Tensor): return None, iter(check_batch(items).split(bs))
+    if isinstance(items, np.ndarray) and (items.ndim > 3 or learn is None): return None, _parts(items, bs)
     if isinstance(items, data.Dataset) and not _from_files(items): items = data.DataLoader(items, batch_size=bs)
     if isinstance(items, (data.DataLoader, DataLoader)) and not (learn and _from_files(items)):
         return None, (check_batch(_first(batch)) for batch in items)

@@ -154,7 +154,7 @@ def _case(h, i, row, vocab, shown, mask, phi, side):
     maps = [dict(cls=cls, layer=name, uri=heat_uri(h.heat(i, cls, layer)))
         for cls in classes for layer, name in zip(h.layers, _layer_names(h))]
     one_label = isinstance(row.label, str)
-    return dict(no=i+1, label=label_text(row.label), predicted=row.predicted,
+    return dict(label=label_text(row.label), predicted=row.predicted,
         wrong=row.label != row.predicted if one_label else None,
         loss=row.loss, score=row.scores[shown or row.predicted], probs={cls: row.scores[cls] for cls in classes},
         rows=rows, cols=cols, classes=classes, maps=maps,
@@ -163,15 +163,18 @@ def _case(h, i, row, vocab, shown, mask, phi, side):
         who=f'{row.file.name}, patient {row.patient}' if phi else '')
 
 # %% ../nbs/api/34_report.ipynb #rep0000f
-def _about_cases(h, cases, vocab, shown, masks, phi, side):
-    "For the template: the gallery and the choices above it."
+def _about_cases(heatmaps, cases, vocab, shown, path, phi, side):
+    "For the template: the gallery and the choices above it. Of `heatmaps`, which come in batches, one is kept at a time."
+    rows, done, names, first = cases.iterrows(), [], [], None
+    for h in heatmaps:
+        names = _layer_names(h)
+        first = first_fine(names, [min(raw.shape[-2:]) for raw in h.raw])
+        for i, (_, row) in zip(range(len(h)), rows):
+            mask = lesion_mask(path, row.file) if path else None
+            done.append(dict(no=len(done)+1) | _case(h, i, row, vocab, shown, mask, phi, side))
     colours = 255*colormaps['inferno'](np.linspace(0, 1, 9))
-    names = _layer_names(h)
-    first = first_fine(names, [min(raw.shape[-2:]) for raw in h.raw])
-    return dict(shown=shown, labels=sorted(set(cases.label.map(label_text))),
-        cases=[_case(h, i, row, vocab, shown, masks[i], phi, side) for i, (_, row) in enumerate(cases.iterrows())],
-        layers=names, layer=first, outlined=any(o is not None for o in masks),
-        colours=[f'rgb({r:.0f} {g:.0f} {b:.0f})' for r, g, b, _ in colours])
+    return dict(shown=shown, labels=sorted(set(cases.label.map(label_text))), cases=done, layers=names, layer=first,
+        outlined=any(o['outline'] for o in done), colours=[f'rgb({r:.0f} {g:.0f} {b:.0f})' for r, g, b, _ in colours])
 
 # %% ../nbs/api/34_report.ipynb #rep00013
 def _render(**what):
@@ -208,11 +211,11 @@ def report(
     cases = picked[['file', 'label', 'patient', 'loss']].assign(scores=class_scores(picked).to_dict('records'),
         predicted=_predicted(df, vocab, results))
     files = picked.file.tolist()
-    h = gradcam(learn, files, vocab, _stages(learn, files[0]) if layers is None else layers, method)
-    masks = [lesion_mask(path, o) if path else None for o in files]
+    layers = _stages(learn, files[0]) if layers is None else layers
+    heatmaps = gradcam(learn, files, vocab, layers, method, batches=True)
     table = learn.dls.setup.table if items is None else df
     html = _render(title=title or 'Report of an X-ray classifier', method=method, vocab=vocab, phi=phi, side=side,
         chosen=chosen, **_about_data(learn, df, items), **_about_results(df, table, vocab, results),
-        **_about_cases(h, cases, vocab, shown, masks, phi, side))
+        **_about_cases(heatmaps, cases, vocab, shown, path, phi, side))
     with whole(fn) as part: part.write_text(html, encoding='utf-8')
     return Path(fn)
