@@ -17,7 +17,7 @@ import click
 from fastcore.basics import compose
 
 from . import __version__
-from .files import helping, plain_progress, remove, whole
+from .files import helping_with, plain_progress, remove, whole
 from .text import for_terminal
 from .folder import draw_heatmaps, found_files, write_table
 from .demo import run_demo
@@ -259,7 +259,7 @@ def train(folder, labels, by, seed, checkpoint, resume, out, force, **recipe):
             _say(evaluate(df, positive=cls))
     _tell(f'Model in {out}')
 
-# %% ../nbs/api/37_cli.ipynb #7458dc10
+# %% ../nbs/api/37_cli.ipynb #7066c52d
 def _engine(model, layer, method, cls):
     "Classes of the model in a file, what explains files by it, and the layer's name. Raises ValueError."
     import torch
@@ -281,8 +281,8 @@ def _check_failed(failed, n):
 def _help(team, out, engine, draw):
     "A share of `explain`, in a process that is not the first. Did a file fail, in any of them?"
     part, files = team.from_first()
-    if not part.is_dir(): raise OSError(f'{out}: all machines must see this folder. Name one that they share with --out.')
-    with helping(part) as done:
+    if not part.is_dir(): raise OSError(f'{out}: not all machines see it. Name a folder that they share with --out.')
+    with helping_with(part) as done:
         vocab, maps, _ = engine()
         drawn = draw(part, maps, files, vocab, team, progress=False)
         done()

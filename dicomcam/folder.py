@@ -122,7 +122,7 @@ def _write(h, i, cls, path, dicom):
         if len(boxes): save_seg(h, i, to('.seg.dcm'), cls)
     return boxes.to_dict('records') or [{}]
 
-# %% ../nbs/api/35_folder.ipynb #6320135c
+# %% ../nbs/api/35_folder.ipynb #23293e08
 def draw_heatmaps(
     folder:Path,      # Where to
     explain:Callable, # List of files -> `Heatmaps`
@@ -152,7 +152,7 @@ def draw_heatmaps(
         else: drawn[k] = [row | dict(heatmap=f'{name.as_posix()}.png') | box for box in boxes], None
     return drawn
 
-# %% ../nbs/api/35_folder.ipynb #94a7a529
+# %% ../nbs/api/35_folder.ipynb #f140a41a
 def write_table(
     folder:Path,        # Where to
     parts:list[dict],   # What `draw_heatmaps` gave, of every share
@@ -165,7 +165,8 @@ def write_table(
     drawn = [done for _, done in sorted((item for part in parts for item in part.items()), key=lambda o: o[0])]
     columns = [*_FIRST, *_class_columns(vocab), *_LAST]
     rows = [row for rows, _ in drawn for row in rows]
-    write_csv(DataFrame(rows, columns=columns, dtype=object), folder/'heatmaps.csv') # whole numbers stay so beside blanks
+    table = DataFrame(rows, columns=columns, dtype=object) # whole numbers stay so beside blanks
+    write_csv(table, folder/'heatmaps.csv')
     return {file: why for file, (_, why) in zip(files, drawn) if why is not None}
 
 # %% ../nbs/api/35_folder.ipynb #8f79fb20

@@ -164,7 +164,7 @@ def _case(h, i, row, vocab, shown, mask, phi, side):
 
 # %% ../nbs/api/34_report.ipynb #rep0000f
 def _about_cases(heatmaps, cases, vocab, shown, path, phi, side):
-    "For the template: the gallery and the choices above it. Of `heatmaps`, which come in batches, one is kept at a time."
+    "For the template: the gallery of all `heatmaps`, batch by batch, and the choices above it."
     rows, done, names, first = cases.iterrows(), [], [], None
     for h in heatmaps:
         names = _layer_names(h)
