@@ -60,9 +60,9 @@ def test_batches_of_files_are_the_whole(folder):
 GROWS = '''import resource, sys, torch
 from dicomcam.gradcam import gradcam
 from tiny import TinyNet
-net, x = TinyNet(), torch.zeros(1).expand(4096, 1, 256, 256)
+net, x = TinyNet(), torch.zeros(1).expand(1024, 1, 256, 256)
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-for h in gradcam(net, x[:256], layers=-6, batches=True): pass
+for h in gradcam(net, x[:128], layers=-6, batches=True): pass
 before = peak()
 for h in gradcam(net, x, layers=-6, batches=True): pass
 print(peak()-before)'''
@@ -70,9 +70,9 @@ print(peak()-before)'''
 @pytest.mark.posix
 @pytest.mark.skipif(sys.platform == 'darwin', reason='ru_maxrss is of another unit there')
 def test_memory_does_not_grow_with_the_images():
-    "4,096 images of 256 KB would be 1,024 MB"
+    "1,024 images of 256 KB would be 256 MB"
     r = subprocess.run([sys.executable, '-c', GROWS], capture_output=True, text=True, cwd=Path(__file__).parent)
-    assert r.returncode == 0 and int(r.stdout) < 200, r.stdout+r.stderr
+    assert r.returncode == 0 and int(r.stdout) < 100, r.stdout+r.stderr
 
 # --- the report ---
 
