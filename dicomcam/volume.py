@@ -87,7 +87,8 @@ def _plane(items):
     values = {k: np.atleast_1d(v).astype(float) for o in items for k, v in element_values(o, _PLANE).items()}
     for k, n in _PLANE.items():
         if k not in values: raise DicomError(f'it has no {k}; pass the files without it')
-        if values[k].shape != (n,) or not np.isfinite(values[k]).all(): raise DicomError(f'{k} is not {n} numbers')
+        if values[k].shape != (n,) or not (np.abs(values[k]) < 1e6).all(): # mm
+            raise DicomError(f'{k} is not {n} numbers, of less than a kilometre')
     return values['ImagePositionPatient'], values['ImageOrientationPatient'].reshape(2, 3), values['PixelSpacing']
 
 def _one_slice(file, name, frame, ds, groups):
@@ -190,6 +191,12 @@ def _uneven(slices, grid):
     if off.any(): return f'slices are {_usual(gaps):.4g} mm apart, but {gaps[i]:.4g} mm {between}'
     return f'missing slices: {missing[i]} {between}; {missing.sum()} in all'
 
+def _irregular(problem, regrid, too_few):
+    "Raise `DicomError`, or warn, where slices are no regular grid."
+    if too_few: raise DicomError(f'{problem}: more than there are; pass all files of the series')
+    if not regrid: raise DicomError(f'{problem}; pass files that are a regular grid, or regrid=True to interpolate')
+    warnings.warn(f'{problem}; interpolated')
+
 def _tilted(slices, shifts):
     "What is wrong where slices do not lie one above the other; '' if nothing is: up to half a pixel is left alone."
     if np.abs(shifts).max() <= .5: return ''
@@ -248,10 +255,7 @@ def dicom_volume(
     beside = np.stack([o.position-slices[middle].position for o in slices]) @ axes[1:].T # mm, down and across
     grid, shifts = _grid(at), beside/slices[0].spacing
     uneven, tilted = _uneven(slices, grid), _tilted(slices, shifts)
-    if uneven or tilted:
-        problem = f'{where}: {uneven or tilted}'
-        if not regrid: raise DicomError(f'{problem}; pass files that are a regular grid, or regrid=True to interpolate')
-        warnings.warn(f'{problem}; interpolated')
+    if uneven or tilted: _irregular(f'{where}: {uneven or tilted}', regrid, too_few=grid.steps[-1] > 2*len(at))
     array, names, origin = _stack(slices, max_pixels), [o.file for o in slices], slices[0].position
     if tilted:
         for y, by in zip(array, shifts): y[:] = ndimage.shift(y, by, order=1, mode='nearest')
