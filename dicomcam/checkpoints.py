@@ -8,8 +8,7 @@ Docs: https://dicomcam.github.io/dicomcam/api/checkpoints.html.md"""
 __all__ = ['Checkpoint']
 
 # %% ../nbs/api/18_checkpoints.ipynb #1425de8b
-import hashlib, json, os, pickletools, random, re, warnings, zipfile
-from dataclasses import asdict
+import hashlib, json, os, random, warnings
 from pathlib import Path
 
 import numpy as np, torch
@@ -20,8 +19,9 @@ from fastai.torch_core import num_distrib, rank_distrib, to_device
 
 from .batches import setup_of
 from .files import whole
-from .networks import bare_model, spoilt_weight, versions
+from .networks import bare_model, versions
 from .text import for_terminal
+from .weights import check_archive, spoilt_weight
 
 # %% ../nbs/api/18_checkpoints.ipynb #16ca8ec7
 def _plain(o):
@@ -34,20 +34,6 @@ def _plain(o):
     return [_plain(value) for value in o]
 
 # %% ../nbs/api/18_checkpoints.ipynb #f5c50c24
-_PICKLE = 2**22 # bytes: forty times what xresnet50 and its optimizer take in names and shapes
-_CALLS = re.compile(r'torch _?[A-Z]\w+Storage|torch\._utils _rebuild_tensor_v2|collections OrderedDict')
-
-def _check_archive(fn):
-    "Raise ValueError where reading a checkpoint may take more than its length, or call for what no checkpoint needs."
-    with zipfile.ZipFile(fn) as archive:
-        parts = archive.infolist()
-        stored = all(part.compress_type == zipfile.ZIP_STORED for part in parts)
-        if not stored or sum(part.file_size for part in parts) > fn.stat().st_size: raise ValueError('it unfolds')
-        pickled, = (part for part in parts if part.filename.endswith('/data.pkl'))
-        if pickled.file_size > _PICKLE: raise ValueError('too many words')
-        for op, arg, _ in pickletools.genops(archive.read(pickled)):
-            if op.name == 'GLOBAL' and not _CALLS.fullmatch(arg): raise ValueError(f'it calls for {arg!r:.60}')
-
 _PARTS = dict(epoch=int, training=dict, versions=dict, model=dict, opt=dict, recorder=dict, rng=dict) # of a checkpoint
 
 def _check_parts(state):
@@ -58,7 +44,7 @@ def _check_parts(state):
 def _read_checkpoint(fn):
     "What `Checkpoint` wrote. Raises ValueError for any other file."
     try:
-        _check_archive(fn)
+        check_archive(fn)
         state = torch.load(fn, map_location='cpu', weights_only=True)
         old = type(state) is dict and 'rng' in state and 'training' not in state
         if not old: _check_parts(state)
@@ -134,7 +120,7 @@ def _training(learn, epochs, recipe):
     shapes = _digest((name, *w.shape) for name, w in bare_model(learn).state_dict().items())
     about = dict(epochs=epochs, bs=learn.dls.bs, opt=learn.opt_func, loss=[type(loss), *weights], network=shapes)
     about = {**recipe, **about, 'augmentation': _steps(learn.dls), **_data(learn.dls)}
-    about |= asdict(learn.network) if hasattr(learn, 'network') else {}
+    about |= learn.network.words() if hasattr(learn, 'network') else {}
     return {key: json.dumps(value, default=_named, sort_keys=True) for key, value in about.items()}
 
 _HASHED = dict(files='other files', labels='other labels', sides='another split', network='another network')

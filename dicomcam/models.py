@@ -9,7 +9,6 @@ __all__ = ['save_model', 'load_model']
 
 # %% ../nbs/api/19_models.ipynb #9ce7dc56
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np, torch
@@ -22,7 +21,8 @@ from safetensors.torch import save_file
 from .chest import chest_network
 from .files import whole
 from .batches import Setup, any_source, dicom_block, setup_of
-from .networks import ACTIVATIONS, bare_model, build_model, dicom_learner, spoilt_weight, versions
+from .networks import ACTIVATIONS, bare_model, build_model, dicom_learner, takes, versions
+from .weights import spoilt_weight
 
 # %% ../nbs/api/19_models.ipynb #db609f06
 def save_model(
@@ -38,7 +38,8 @@ def save_model(
     if learn.network.act_cls not in ACTIVATIONS:
         known = ', '.join(ACTIVATIONS)
         raise ValueError(f'act_cls={learn.network.act_cls} cannot be saved: load_model knows {known}.')
-    meta = {**asdict(learn.network), **setup.meta(), 'versions': versions()}
+    choice = getattr(learn, 'choice', None)
+    meta = {**learn.network.words(), **setup.meta(), **({'heatmap': choice} if choice else {}), 'versions': versions()}
     _check_words(json.loads(json.dumps(meta)))
     weights = {name: w.detach().cpu().contiguous() for name, w in bare_model(learn).state_dict().items()}
     spoilt = spoilt_weight(weights)
@@ -76,6 +77,21 @@ def _are_classes(o):
     names = {name.strip() for name in o}
     return len(names) == len(o) and '' not in names
 
+def _are_inputs(o):
+    "Mean and deviation of one channel or of three, numbers that a division bears?"
+    if type(o) is not dict or set(o) != {'mean', 'std'}: return False
+    if not all(type(values) is list for values in o.values()): return False
+    mean, std = o['mean'], o['std']
+    if len(mean) != len(std) or len(mean) not in (1, 3) or not all(type(x) is float for x in mean+std): return False
+    return all(abs(x) <= 1e6 for x in mean) and all(1e-6 <= x <= 1e6 for x in std) # of NaN neither is true
+
+_CHOICE = 'layer', 'method', 'reason'
+
+def _is_choice(o):
+    "Layer and method of the heatmaps, and why these?"
+    if type(o) is not dict or set(o) != set(_CHOICE): return False
+    return all(type(value) is str and 0 < len(value) <= 400 for value in o.values())
+
 _WORDS = dict( # of a model file: what each is, and whether it is
     arch=('the name of a network', lambda o: type(o) is str),
     act_cls=(f'one of {", ".join(ACTIVATIONS)}', lambda o: type(o) is str and o in ACTIVATIONS),
@@ -85,12 +101,16 @@ _WORDS = dict( # of a model file: what each is, and whether it is
     vocab=('two or more different class names', _are_classes),
     multi=('true or false', lambda o: type(o) is bool),
     split=('by, valid_pct, seed and fold', _is_split),
-    pixels=(str(_PIXELS), lambda o: o == _PIXELS))
+    pixels=(str(_PIXELS), lambda o: o == _PIXELS),
+    inputs=('mean and std of one channel or three', _are_inputs),
+    heatmap=('layer, method and reason', _is_choice))
+_MAY_LACK = 'inputs', 'heatmap'
 
 def _check_words(words):
     "Raise ValueError where a word of a model file is not what it may be."
     if type(words) is not dict: raise ValueError('its words are no JSON object')
     for key, (kind, fits) in _WORDS.items():
+        if key not in words and key in _MAY_LACK: continue
         if key not in words: raise ValueError(f'it does not say {key}')
         if not fits(words[key]): raise ValueError(f'{key} is {words[key]!r:.60}, not {kind}')
 
@@ -103,17 +123,15 @@ def _check_tensors(
 ):
     "Raise ValueError where the network that the words name has other tensors, or takes no images of that size."
     arch, size = words['arch'], words['size']
+    act_cls, inputs = ACTIVATIONS[words['act_cls']], words.get('inputs')
     with torch.device('meta'), torch.no_grad():
-        model = build_model(arch, len(words['vocab']), ACTIVATIONS[words['act_cls']], words['sa']).eval()
+        model = build_model(arch, len(words['vocab']), act_cls, words['sa'], inputs=inputs, size=size)
         named = {name: (list(w.shape), w.is_floating_point()) for name, w in model.state_dict().items()}
         for name in {**named, **found}:
             ours, theirs = (o[name][0] if name in o else None for o in (named, found))
             if found.get(name) != named.get(name):
                 raise ValueError(f'tensor {name!r:.60} is {theirs!r:.60} in the file, {ours} in {arch} for its classes')
-        try: model(torch.empty(1, 1, size, size))
-        except NotImplementedError: pass # a network that must see numbers
-        except (RuntimeError, AssertionError, ValueError) as e:
-            raise ValueError(f'{arch} takes no images of {size} pixels') from e
+    if not takes(lambda: model, size): raise ValueError(f'{arch} takes no images of {size} pixels')
 
 # %% ../nbs/api/19_models.ipynb #2919cd67
 def _of_xrv(name, dls):
@@ -162,8 +180,10 @@ def load_model(
         words, weights = _read_model(fn)
         if dls is None: dls = _empty_dls(Setup.from_meta(words))
         _check_classes(words, dls)
-        learn = dicom_learner(dls, words['arch'], ACTIVATIONS[words['act_cls']], words['sa'])
+        learn = dicom_learner(dls, words['arch'], ACTIVATIONS[words['act_cls']], words['sa'],
+            inputs=words.get('inputs'))
         learn.model.load_state_dict(weights)
+        learn.choice = words.get('heatmap')
     except ImportError as e: raise ValueError(f'{fn}: {e}') from e
     except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
         why = str(e).splitlines()[0]

@@ -3,6 +3,7 @@ from .labels import *
 from .view import *
 from .cache import *
 from .batches import *
+from .weights import *
 from .networks import *
 from .checkpoints import *
 from .models import *

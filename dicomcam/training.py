@@ -19,7 +19,8 @@ from fastai.torch_core import no_random, set_seed
 
 from .labels import label_table
 from .batches import dicom_dls
-from .networks import bare_model, dicom_learner, spoilt_weight
+from .networks import bare_model, dicom_learner
+from .weights import spoilt_weight
 from .checkpoints import Checkpoint
 from .models import load_model, save_model
 from .files import cache_folder, private_folder

@@ -92,7 +92,8 @@ def test_size_against_the_network(tmp_path):
     vit = timm.create_model('vit_tiny_patch16_224', in_chans=1, num_classes=2)
     words = {**WORDS, 'arch': 'vit_tiny_patch16_224', 'size': vit.pretrained_cfg['input_size'][-1]}
     assert load_model(write(tmp_path/'m', vit.state_dict(), words)).dls.setup.size == words['size']
-    refused(write(tmp_path/'m', vit.state_dict(), {**words, 'size': 64}), 'vit_tiny_patch16_224 takes no images of 64 pixels')
+    refused(write(tmp_path/'m', vit.state_dict(), {**words, 'size': 64}), "'pos_embed' is [1, 197, 192] in the file, [1, 17, 192] in vit_tiny_patch16_224")
+    refused(write(tmp_path/'m', NONE, {**words, 'arch': 'levit_128s', 'size': 64}), 'levit_128s takes no images of 64 pixels; it is made for 224.')
 
 def test_half_the_digits_are_enough(weights, tmp_path):
     halves = {name: w.half() if w.is_floating_point() else w for name, w in weights.items()}

@@ -15,6 +15,7 @@ from fastai.data.core import DataLoaders
 from fastai.layers import Mish
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
+from fastai.vision.core import imagenet_stats
 from dicomcam.batches import setup_of
 from dicomcam.labels import has_class, is_multi, label_classes, label_text, positive_classes
 from dicomcam.pil import TensorDicom
@@ -380,16 +381,16 @@ def test_architectures_of_timm(folder, tmp_path):
     assert cam(learn, o).maps.shape == (1, 2, 1, 64, 64)
     with pytest.raises(ValueError, match='did you mean'): dicom_learner(dls, 'resnet10x')
 
-def test_pretrained_stem_sums_the_colours(folder, tmp_path, monkeypatch):
+def test_pretrained_weights_see_what_they_were_trained_on(folder, tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     (tmp_path/'hub/checkpoints').mkdir(parents=True)
     set_seed(0)
     rgb = xresnet50(n_out=1000)
     torch.save(dict(model=rgb.state_dict()), tmp_path/'hub/checkpoints/xrn50_940.pth')
-    net = dicom_learner(dicom_dls(folder, size=32), pretrained=True, act_cls=torch.nn.ReLU, sa=False).model.eval()
-    x = torch.rand(2, 1, 64, 64)
-    body = lambda m: torch.nn.Sequential(*list(m.eval())[:-2])
-    assert torch.allclose(body(net)(x), body(rgb)(x.expand(-1, 3, -1, -1)), atol=1e-4)
+    net = dicom_learner(dicom_dls(folder, size=32), pretrained=True, act_cls=torch.nn.ReLU, sa=False).model.eval().cpu()
+    x, (mean, std) = torch.rand(2, 1, 64, 64), (torch.tensor(o)[:, None, None] for o in imagenet_stats)
+    net[-1] = rgb[-1]
+    with torch.no_grad(): assert torch.equal(net(x), rgb.eval()((x.repeat(1, 3, 1, 1)-mean)/std))
     with pytest.raises(ValueError, match='only xresnet50'): dicom_learner(dicom_dls(folder, size=32), xresnet18, pretrained=True)
 
 def test_pretrained_offline(folder, tmp_path, monkeypatch):
