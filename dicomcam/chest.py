@@ -30,7 +30,8 @@ from torchvision.models.resnet import Bottleneck
 from .pil import PILDicom, TensorDicom
 from .batches import Setup, any_source, dicom_block
 from .data import DownloadError
-from .networks import Network, spoilt_weight
+from .networks import Network
+from .weights import spoilt_weight
 
 # %% ../nbs/api/17b_chest.ipynb #f4a947d2
 class ChestImages:
