@@ -28,6 +28,7 @@ from dicomcam.smooth import *
 from dicomcam.attribution import *
 from dicomcam.trust import *
 from dicomcam.froc import *
+from dicomcam.protocols import *
 from dicomcam.share import *
 from dicomcam.team import *
 from dicomcam.folder import *
