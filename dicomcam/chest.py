@@ -121,7 +121,7 @@ def _check_archive(fn):
     if tarfile.is_tarfile(fn): raise ValueError('a tar archive')
     if not zipfile.is_zipfile(fn): return
     with zipfile.ZipFile(fn) as archive: parts = archive.infolist()
-    if any(part.filename.endswith('constants.pkl') for part in parts): raise ValueError('TorchScript')
+    if 'constants.pkl' in torch._C.PyTorchFileReader(str(fn)).get_all_records(): raise ValueError('TorchScript')
     stored = all(part.compress_type == zipfile.ZIP_STORED for part in parts)
     if not stored or sum(part.file_size for part in parts) > fn.stat().st_size: raise ValueError('it unfolds')
 
@@ -153,7 +153,10 @@ def _load(model, weights, name, rows=None):
     fn, weights = weights, {name.removeprefix('model.'): w for name, w in whole_weights(weights).items()}
     weights.pop('op_threshs', None)
     try:
-        for part in 'weight', 'bias': weights[f'{model.head}.{part}'] = weights[f'{model.head}.{part}'][rows]
+        for part in f'{model.head}.weight', f'{model.head}.bias':
+            w = weights[part]
+            if w.shape[1:] != model.state_dict()[part].shape[1:]: raise IndexError(f'{part} is {tuple(w.shape)}')
+            weights[part] = w[rows]
         model.load_state_dict(weights)
     except (KeyError, IndexError, RuntimeError) as e:
         why = ' '.join(str(e).split())[:120]

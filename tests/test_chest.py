@@ -1,5 +1,5 @@
 "Networks of torchxrayvision: images, outputs and heatmaps are its own, whatever the weights; and nothing in a file of weights runs."
-import importlib.util, os, pickle, sys, tarfile, warnings, zipfile
+import functools, importlib.util, os, pickle, sys, tarfile, warnings, zipfile
 from pathlib import Path
 
 import numpy as np, pydicom, pytest, torch
@@ -57,8 +57,8 @@ def at_home(request, monkeypatch):
     monkeypatch.setattr('requests.get', refuse)
     if 'home' in request.fixturenames: monkeypatch.setenv('HOME', str(request.getfixturevalue('home')))
 
-@pytest.fixture
-def learn(home, at_home): return chest_network(DENSE)
+@pytest.fixture(scope='module')
+def learn(xrv, home): return chest_network(DENSE, home/'.torchxrayvision'/'models_data'/file_of(xrv, DENSE))
 
 @pytest.fixture(scope='module')
 def films(tmp_path_factory):
@@ -104,7 +104,9 @@ def test_images_of_arrays(films):
 def test_the_networks_of_torchxrayvision(xrv):
     assert {o for o in xrv.models.model_urls if o.startswith(('densenet', 'resnet'))} == set(CHEST_NETWORKS)
 
+@functools.cache
 def theirs_of(xrv, name, home):
+    "Read by torchxrayvision"
     return xrv.models.get_model(name, cache_dir=str(home/'.torchxrayvision'/'models_data'))
 
 def known_of(theirs): return [i for i, o in enumerate(theirs.targets) if o and theirs.op_threshs[i].isfinite()]
@@ -150,9 +152,9 @@ def test_heatmaps_explain_the_score_before_the_sigmoid(xrv, home, learn, films, 
     "Grad-CAM of torchxrayvision's network, by hand"
     theirs, fn = theirs_of(xrv, DENSE, home), films(300, 280)
     kept = {}
-    getattr(theirs.features, layer).register_forward_hook(lambda m, i, out: kept.update(out=out) or out.clone())
     x = torch.from_numpy(as_theirs(xrv, fn, 224))[None].requires_grad_()
-    logits = theirs.classifier(theirs.features2(x))
+    with getattr(theirs.features, layer).register_forward_hook(lambda m, i, out: kept.update(out=out) or out.clone()):
+        logits = theirs.classifier(theirs.features2(x))
     g, = torch.autograd.grad(logits[0, 3], kept['out'])
     want = (g.mean((2, 3), keepdim=True)*kept['out']).sum(1)[0].detach()
     h = gradcam(learn, [fn], classes='Pneumothorax', layers=f'features.{layer}')
@@ -293,6 +295,8 @@ def test_weights_of_another_network(home, xrv, tmp_path):
     assert 'no such file' in says(FileNotFoundError, RES, tmp_path/'gone.pt')
     weights = whole_weights(folder/file_of(xrv, RES))
     torch.save({**weights, 'fc.weight': weights['fc.weight'][:9]}, tmp_path/'w.pt')
+    assert 'not the weights of' in says(ValueError, RES, tmp_path/'w.pt')
+    torch.save({**weights, 'fc.weight': torch.zeros(1).expand(18, 10**12)}, tmp_path/'w.pt') # no file is too small for that
     assert 'not the weights of' in says(ValueError, RES, tmp_path/'w.pt')
     torch.save({**weights, 'fc.bias': weights['fc.bias']*np.nan}, tmp_path/'w.pt')
     assert 'NaN or infinity' in says(ValueError, RES, tmp_path/'w.pt')
