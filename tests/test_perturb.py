@@ -105,6 +105,31 @@ def test_ablationcam_is_its_formula(make, shape, layer):
     for i in range(2):
         for j, k in enumerate([0, 2]): nearly(h.raw[0][i, j], ablation_by_hand(head_of(net, layer), a[i], k), 1e-4) # scores are float32
 
+class Joins(nn.Module):
+    "A layer, and what came before it, side by side; where `adds`, one on top of the other"
+    def __init__(self, adds=False):
+        super().__init__()
+        self.adds, self.stem, self.layer, self.head = adds, nn.Conv2d(3, 8, 3, 2), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8 if adds else 16, 3)
+    def after(self, s, a): return self.head((s+a if self.adds else torch.cat([s, a], 1)).relu().mean((2, 3)))
+    def forward(self, x):
+        s = self.stem(x).relu()
+        return self.after(s, self.layer(s).relu_())
+
+class Merges(Joins):
+    "Rows of one batch in which the second is lost, where the number of rows is not that of the images"
+    def after(self, s, a): return self.head((a if len(a) == len(s) else a[:1].expand(len(a), -1, -1, -1)).mean((2, 3)))
+
+@torch.no_grad()
+@pytest.mark.parametrize('make,once', [(Joins, False), (partial(Joins, True), True), (partial(Merges, True), False)], ids=['beside', 'on top', 'merged'])
+def test_what_comes_before_the_layer_runs_once_where_that_is_right(make, once):
+    torch.manual_seed(0)
+    net, x, rows = make().eval(), batch(1, size=24), []
+    with net.stem.register_forward_pre_hook(lambda m, i: rows.append(len(i[0]))): h = ablationcam(net, x, 1, 'layer')
+    assert rows[-1] == (1 if once else 8)
+    s = net.stem(x).relu()
+    a = net.layer(s)
+    nearly(h.raw[0][0, 0], ablation_by_hand(lambda o: net.after(s, o.relu()), a[0], 1), 1e-4)
+
 def test_ablationcam_as_pytorch_grad_cam_has_it():
     "but for the sign, where the score is negative"
     peer = pytest.importorskip('pytorch_grad_cam')
