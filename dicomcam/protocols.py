@@ -8,7 +8,7 @@ Docs: https://dicomcam.github.io/dicomcam/api/protocols.html.md"""
 __all__ = ['chexlocalize_segmentation', 'chexlocalize_iou', 'chexlocalize_hit', 'chexlocalize_bootstrap',
            'chexlocalize_threshold', 'chexlocalize', 'wang_boxes', 'box_overlap', 'wang_localization', 'wang',
            'arun_view', 'arun_auprc', 'arun_ssim', 'arun_average_mask', 'arun_localization', 'arun_similarity',
-           'arun_randomization']
+           'arun_randomization', 'reachable']
 
 # %% ../nbs/api/30d_protocols.ipynb #74df5b6b
 from collections.abc import Iterable, Sequence
@@ -29,6 +29,15 @@ def _masks(h, masks):
     "Masks on the originals' pixels, None where there is none."
     if len(h) != len(masks): raise ValueError(f'{len(h)} images, but {len(masks)} masks. Give None for no lesion.')
     return [m if m is None else read_mask(m, *h.where(i)[:2]) for i, m in enumerate(masks)]
+
+def _on_grid(mask, shape, box=None):
+    "A mask on a grid over `box` (x, y, width, height; None: all of it): the pixel below each point, False outside."
+    x, y, width, height = box or (0, 0, *mask.shape[::-1])
+    ys, xs = (np.floor(o+size*(np.arange(n)+.5)/n).astype(int) for o, size, n in zip((y, x), (height, width), shape))
+    inside = [(o >= 0) & (o < n) for o, n in zip((ys, xs), mask.shape)]
+    seen = np.zeros(shape, bool)
+    seen[np.ix_(*inside)] = mask[np.ix_(ys[inside[0]], xs[inside[1]])]
+    return seen
 
 def _mean_row(values, group=None):
     "mean, low, high, n of the values that are known."
@@ -210,22 +219,12 @@ def _views(h, cls, layer, side):
     "The maps of all images as the paper has them."
     return [arun_view(h.heat(i, cls, layer, native=False), side) for i in range(len(h))]
 
-def _on_grid(mask, side, box=None):
-    "A mask on a grid over `box` (x, y, width, height; None: all of it): the pixel below each point, False outside."
-    x, y, width, height = box or (0, 0, *mask.shape[::-1])
-    points = (np.arange(side)+.5)/side
-    ys, xs = np.floor(y+height*points).astype(int), np.floor(x+width*points).astype(int)
-    inside = [(o >= 0) & (o < n) for o, n in zip((ys, xs), mask.shape)]
-    seen = np.zeros((side, side), bool)
-    seen[np.ix_(*inside)] = mask[np.ix_(ys[inside[0]], xs[inside[1]])]
-    return seen
-
 def arun_average_mask(
     masks:Iterable, # Lesions of the training set, arrays, each of its own size; None is left out
     side:int=320,   # Of the grid
 ) -> ndarray:       # (side, side), in [0, 1]
     "The mean of all masks. Raises ValueError where there is none."
-    known = [_on_grid(np.asarray(m) > 0, side) for m in masks if m is not None]
+    known = [_on_grid(np.asarray(m) > 0, (side, side)) for m in masks if m is not None]
     if not known: raise ValueError('No mask at all: give those of the training set.')
     return np.mean(known, 0)
 
@@ -243,7 +242,7 @@ def arun_localization(
     where masks and images differ in number or size."""
     if average is not None and np.shape(average) != (side, side):
         raise ValueError(f'An average mask of {np.shape(average)}, a grid of {side} x {side}: give one side to both.')
-    seen = [m if m is None else _on_grid(m, side, h.where(i)[3]) for i, m in enumerate(_masks(h, masks))]
+    seen = [m if m is None else _on_grid(m, (side, side), h.where(i)[3]) for i, m in enumerate(_masks(h, masks))]
     maps = {h.method: _views(h, cls, layer, side)}
     if average is not None: maps['average mask'] = [average]*len(h)
     def auprc(view, mask): return np.nan if mask is None else arun_auprc(view, mask)
@@ -287,3 +286,21 @@ def arun_randomization(
     rows['other images'] = _mean_row([arun_ssim(views[i], views[j]) for i, j in others])
     table = pd.DataFrame.from_dict(rows, 'index', columns=['mean', 'low', 'high', 'n']).rename_axis('weights')
     return table.assign(passes=table['mean'] < table['mean'].iloc[-1])
+
+# %% ../nbs/api/30d_protocols.ipynb #bb80792a
+_FINE = 16 # points a cell and side
+
+def reachable(
+    h:Heatmaps,  # Whose grid it is
+    masks:list,  # A mask an image: array or file, on the original's rows x columns; None: no lesion
+    layer=None,  # Layer; None: the last
+) -> Heatmaps:   # Of the same images and classes, with one layer, named ''
+    "Maps that know the lesions, drawn on a layer's grid: the share of each cell that is lesion."
+    rows, cols = h.raw[h.layer(layer)].shape[-2:]
+    def cells(mask, box):
+        if mask is None: return torch.zeros(rows, cols)
+        points = _on_grid(mask, (rows*_FINE, cols*_FINE), box)
+        return torch.tensor(points.reshape(rows, _FINE, cols, _FINE).mean((1, 3))).float()
+    ideal = torch.stack([cells(m, h.where(i)[3]) for i, m in enumerate(_masks(h, masks))])
+    raw = ideal[:, None].expand(-1, len(h.classes), -1, -1)
+    return Heatmaps([raw], h.images, h.probs, h.classes, [''], 'reachable', h.items, h.view, vocab=h.vocab)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from dicomcam.heatmaps import Heatmaps
 from dicomcam.intervals import proportion_interval
 from dicomcam.protocols import (arun_auprc, arun_average_mask, arun_localization, arun_randomization, arun_similarity, arun_ssim, arun_view, box_overlap, chexlocalize,
-                                chexlocalize_bootstrap, chexlocalize_hit, chexlocalize_iou, chexlocalize_segmentation, chexlocalize_threshold, wang, wang_boxes, wang_localization)
+                                chexlocalize_bootstrap, chexlocalize_hit, chexlocalize_iou, chexlocalize_segmentation, chexlocalize_threshold, reachable, wang, wang_boxes, wang_localization)
 
 def heatmaps(*maps, size=None):
     "Of one class; the network's input is as large as the maps, or as `size`"
@@ -178,3 +178,20 @@ def test_arun_similarity_and_randomization():
     assert min(others) <= t.loc['other images', 'mean'] <= max(others) and abs(t.loc['other images', 'mean']-np.mean(others)) < .1
     with pytest.raises(ValueError, match='6 images and 1'): arun_similarity(a, heatmaps(maps[0]), 'a')
     with pytest.raises(ValueError, match='no other'): arun_randomization(heatmaps(maps[0]), {}, 'a')
+
+# what the grid can reach
+
+def test_reachable_is_the_mask_on_the_layers_grid(tmp_path):
+    mask = np.zeros((40, 60), bool)
+    mask[10:20, 25:40] = True # 10 x 15 pixels, on cells of 10 x 10 that begin at column 10: half of a cell, and a whole one
+    from dicomcam.view import View
+    Image.fromarray(np.zeros((40, 60), np.uint8)).save(tmp_path/'a.png')
+    h = Heatmaps([torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 2, 2)], torch.zeros(2, 1, 40, 40), torch.ones(2, 3), list('abc'), ['l', 'm'], 'test', items=[tmp_path/'a.png']*2, view=View(40, 'crop'))
+    ideal = reachable(h, [mask, None], 'l')
+    want = torch.zeros(4, 4)
+    want[1, 1:3] = torch.tensor([.5, 1])
+    for k in range(3): assert torch.equal(ideal.raw[0][0, k], want) and not ideal.raw[0][1, k].any()
+    assert reachable(h, [mask, None]).raw[0][0, 0].tolist() == [[.125, .25], [0, 0]] # the last layer: cells of 20 x 20
+    assert (ideal.method, ideal.layers, ideal.classes) == ('reachable', [''], list('abc'))
+    whole = reachable(heatmaps(mask), [mask])
+    assert chexlocalize(whole, [mask], 'a')['mean'].tolist() == [1, 1]

@@ -101,6 +101,19 @@ def test_a_share_from_resamples_is_that_without():
     assert (got['low'], got['high']) == pytest.approx(proportion_interval(hits, who)[1:], abs=.01)
     assert got == interval(np.r_[w@hits/w.sum(1), np.nan], 40) # what is not known does not count
 
+@pytest.mark.parametrize('n', SIZES[:2])
+def test_evaluate_holds_what_it_says(n):
+    "Sensitivity 0.9, often 1 where there are 15 of the ill; specificity 0.5; a threshold that divides them so; two films a patient who are alike"
+    import pandas as pd
+    from dicomcam.results import evaluate
+    rng, y, who, ends = np.random.default_rng(n), np.arange(4*n) < 2*n, np.arange(4*n)//2, []
+    for _ in range(120):
+        called = np.repeat(rng.random(2*n) < np.where(y[::2], .9, .5), 2)
+        p = np.where(called, .7, .2)
+        r = evaluate(pd.DataFrame(dict(file='a.dcm', label=np.where(y, 'ill', 'well'), patient=who.astype(str), loss=0., well=1-p, ill=p)), n_resamples=150)
+        ends.append([(0, *list(r[k].values())[1:]) for k in ('sensitivity', 'specificity')])
+    for truth, intervals in zip((.9, .5), zip(*ends)): assert 91 <= held(truth, intervals) <= 99.5
+
 # pairs
 
 def test_pairs_worked_out():
