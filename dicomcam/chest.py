@@ -21,7 +21,6 @@ from fastai.data.transforms import IndexSplitter
 from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat
 from fastai.metrics import RocAucMulti, accuracy_multi
-from safetensors.torch import load_file
 from skimage.transform import resize
 from torch import Tensor, nn
 from torchvision.models import DenseNet, ResNet
@@ -30,8 +29,8 @@ from torchvision.models.resnet import Bottleneck
 from .pil import PILDicom, TensorDicom
 from .batches import Setup, any_source, dicom_block
 from .data import DownloadError
-from .networks import Network
-from .weights import spoilt_weight
+from .networks import BUILDERS, Network, set_inputs
+from .weights import read_weights, spoilt_weight
 
 # %% ../nbs/api/17b_chest.ipynb #f4a947d2
 class ChestImages:
@@ -51,29 +50,27 @@ class ChestImages:
         return TensorDicom(torch.from_numpy(np.asarray(shrunk/2+.5, np.float32))[None])
 
 # %% ../nbs/api/17b_chest.ipynb #7cce3a9d
-def _in_range(model, args):
-    "From [0, 1] to what torchxrayvision's networks were trained on."
-    return (2048*args[0]-1024,)
+_RANGE = dict(mean=[.5], std=[1/2048]) # from 0 to 1 to what torchxrayvision's networks were trained on: -1,024 to 1,024
 
 class _ChestDenseNet(DenseNet):
     head = 'classifier'
     def __init__(self, n_out):
         super().__init__(32, (6, 12, 24, 16), 64, num_classes=n_out)
         self.features.conv0 = nn.Conv2d(1, 64, 7, 2, 3, bias=False)
+    def get_classifier(self): return self.classifier # as timm's networks have it
 
 class _ChestResNet(ResNet):
     head = 'fc'
     def __init__(self, n_out):
         super().__init__(Bottleneck, [3, 4, 6, 3], n_out)
         self.conv1 = nn.Conv2d(1, 64, 7, 2, 3, bias=False)
+    def get_classifier(self): return self.fc
 
 _BODIES = dict(densenet121=_ChestDenseNet, resnet50=_ChestResNet)
 
-def _body(name, n_out):
+def _body(name, n_out, inputs=None):
     "The network of that name with random weights, for images of one channel in [0, 1]."
-    model = _BODIES[name.split('-')[0]](n_out)
-    model.register_forward_pre_hook(_in_range)
-    return model
+    return set_inputs(_BODIES[name.split('-')[0]](n_out), inputs or _RANGE)
 
 # %% ../nbs/api/17b_chest.ipynb #2371effe
 class OperatingPoints(BCEWithLogitsLossFlat):
@@ -131,14 +128,12 @@ def whole_weights(
     """The weights in a file of anybody's; nothing in it runs. Raises FileNotFoundError, or for what is no such file
     ValueError, of one line."""
     fn = Path(fn).expanduser()
-    if not fn.is_file(): raise FileNotFoundError(f'{fn}: no such file. Name one of weights, .safetensors or .pt.')
+    if fn.suffix == '.safetensors' or not fn.is_file(): return read_weights(fn)
     try:
-        if fn.suffix == '.safetensors': found = load_file(fn)
-        else:
-            _check_archive(fn)
-            with warnings.catch_warnings(): # of old files, which bring their source along
-                warnings.simplefilter('ignore')
-                found = torch.load(fn, map_location='cpu', weights_only=False, pickle_module=_SHELLS)
+        _check_archive(fn)
+        with warnings.catch_warnings(): # of old files, which bring their source along
+            warnings.simplefilter('ignore')
+            found = torch.load(fn, map_location='cpu', weights_only=False, pickle_module=_SHELLS)
         weights = {str(k): w.detach() for k, w in (found if isinstance(found, dict) else dict(_named(found))).items()
             if isinstance(w, Tensor)}
         if not weights: raise ValueError('none in it')
@@ -148,15 +143,18 @@ def whole_weights(
         raise ValueError(f'{fn}: no weights that can be read ({why}). Get the file anew.') from e
 
 # %% ../nbs/api/17b_chest.ipynb #e3195a22
-def _load(model, weights, name, rows=None):
-    "Give `model` the weights of a file, of the last layer only some rows. Raises ValueError."
-    fn, weights = weights, {name.removeprefix('model.'): w for name, w in whole_weights(weights).items()}
+def _rows_of(w, own, rows):
+    "Some rows of a weight, in place of `own`. Raises IndexError where they are of another length."
+    if w.shape[1:] != own.shape[1:]: raise IndexError(f'one of the last layer is {tuple(w.shape)}')
+    return w[rows]
+
+def _load(model, fn, name, rows=None):
+    "Give `model` the weights of a file, of the last layer only some rows; None: its own. Raises ValueError."
+    weights = {name.removeprefix('model.'): w for name, w in whole_weights(fn).items()}
     weights.pop('op_threshs', None)
+    own = {o: w for o, w in model.state_dict().items() if o.startswith(f'{model.head}.')}
     try:
-        for part in f'{model.head}.weight', f'{model.head}.bias':
-            w = weights[part]
-            if w.shape[1:] != model.state_dict()[part].shape[1:]: raise IndexError(f'{part} is {tuple(w.shape)}')
-            weights[part] = w[rows]
+        weights |= own if rows is None else {o: _rows_of(weights[o], w, rows) for o, w in own.items()}
         model.load_state_dict(weights)
     except (KeyError, IndexError, RuntimeError) as e:
         why = ' '.join(str(e).split())[:120]
@@ -168,19 +166,24 @@ def _load(model, weights, name, rows=None):
 CHEST_NETWORKS = (*(f'densenet121-res224-{o}' for o in ('all', 'nih', 'pc', 'chex', 'rsna', 'mimic_nb', 'mimic_ch')),
     'resnet50-res512-all')
 
+def _check_name(name):
+    "Raise ValueError where there is no such network."
+    if name in CHEST_NETWORKS: return
+    near, = difflib.get_close_matches(name, CHEST_NETWORKS, 1, 0)
+    raise ValueError(f'No chest network {name!r}; did you mean {near}? There are {", ".join(CHEST_NETWORKS)}.')
+
 def _about(name):
     "What torchxrayvision says of a network. Raises ValueError where there is none, ImportError without the package."
-    if name not in CHEST_NETWORKS:
-        near = difflib.get_close_matches(name, CHEST_NETWORKS, 1, 0)
-        raise ValueError(f'No chest network {name!r}; did you mean {near[0]}? There are {", ".join(CHEST_NETWORKS)}.')
+    _check_name(name)
     if not find_spec('torchxrayvision'):
         raise ImportError(f'{name} is a network of torchxrayvision, which is not here: pip install "dicomcam[xrv]"')
     with warnings.catch_warnings(): # it silences the warnings of everybody
         from torchxrayvision.models import model_urls
     return model_urls[name]
 
-def _downloaded(name, url):
+def _downloaded(name):
     "The file of a network's weights, downloaded if it is not here. Raises `DownloadError`."
+    url = _about(name)['weights_url']
     from torchxrayvision.models import get_weights
     from torchxrayvision.utils import get_cache_dir
     try:
@@ -188,7 +191,7 @@ def _downloaded(name, url):
     except Exception as e: # of whichever library it is that talks to the network
         why, file = (str(e) or type(e).__name__).splitlines()[0][:200], url.rsplit('/', 1)[1]
         raise DownloadError(f'The weights of {name} could not be downloaded from {url} ({why}). Go online once, or '
-            f'put {file} into {get_cache_dir()}, or name it: chest_network({name!r}, weights=FILE).') from e
+            f'put {file} into {get_cache_dir()}, or name it: weights=FILE, for dicom_learner pretrained=FILE.') from e
 
 # %% ../nbs/api/17b_chest.ipynb #b0ab16da
 def _no_data(size, vocab):
@@ -213,9 +216,19 @@ def chest_network(
     rows = [i for i, label in enumerate(about['labels']) if label and np.isfinite(points[i])]
     vocab = [about['labels'][i] for i in rows]
     model = _body(name, len(vocab))
-    _load(model, weights or _downloaded(name, about['weights_url']), name, rows)
+    _load(model, weights or _downloaded(name), name, rows)
     dls = _no_data(about['input_resolution'], vocab)
     learn = Learner(dls, model, OperatingPoints(points[rows]), metrics=[accuracy_multi, RocAucMulti()])
-    learn.network = Network(f'xrv:{name}', 'ReLU', False)
+    learn.network, learn.choice = Network(f'xrv:{name}', 'ReLU', False, _RANGE), None
     learn.model.eval()
     return learn
+
+# %% ../nbs/api/17b_chest.ipynb #3426a279
+def _build(name, n_out, pretrained, inputs):
+    "As `build_model`: a network of `CHEST_NETWORKS` with a new head."
+    _check_name(name)
+    model = _body(name, n_out, inputs)
+    if pretrained: _load(model, _downloaded(name) if pretrained is True else pretrained, name)
+    return model
+
+BUILDERS['xrv:'] = _build

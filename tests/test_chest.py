@@ -334,3 +334,39 @@ def test_findings_of_a_folder_without_labels(home, films, tmp_path, monkeypatch)
     monkeypatch.setenv('HOME', str(tmp_path))
     r = CliRunner().invoke(main, ['explain', f'xrv:{name}', str(file), '--out', str(tmp_path/'again')])
     assert r.exit_code == 2 and 'could not be downloaded' in r.stderr.splitlines()[-1] and not (tmp_path/'again').exists()
+
+# --- to go on with
+
+def test_fine_tuning(xrv, home, learn, folder, tmp_path, monkeypatch):
+    "The same body, a new head; in two groups; and the model file is read without torchxrayvision"
+    from dicomcam.batches import dicom_dls
+    from dicomcam.models import load_model
+    from dicomcam.networks import dicom_learner
+    dls = dicom_dls(folder, size=64, method='crop', bs=4)
+    weights = home/'.torchxrayvision'/'models_data'/file_of(xrv, DENSE)
+    ours, downloaded = (dicom_learner(dls, f'xrv:{DENSE}', pretrained=o) for o in (weights, True))
+    x = torch.rand(2, 1, 64, 64)
+    want = learn.model.features(2048*x-1024)
+    for o in ours, downloaded:
+        torch.testing.assert_close(o.model.eval().features((x-.5)*2048), want)
+        assert o.model.classifier.out_features == 2 and [len(g) for g in o.splitter(o.model)][1] == 2
+    random = dicom_learner(dls, f'xrv:{DENSE}')
+    assert not torch.equal(random.model.features.conv0.weight, ours.model.features.conv0.weight)
+    ours.freeze()
+    with ours.no_bar(): ours.fit(1, 1e-3)
+    save_model(ours, tmp_path/'m.safetensors')
+    monkeypatch.setattr(chest, 'find_spec', lambda name: None)
+    again = load_model(tmp_path/'m.safetensors')
+    with torch.no_grad(): torch.testing.assert_close(again.model(x), ours.model.eval()(x))
+    assert again.dls.setup.method == 'crop' and again.network == ours.network
+
+@pytest.mark.parametrize('name, told', [('xrv:resnet50', 'did you mean resnet50-res512-all'), ('xrv:', 'did you mean')])
+def test_no_such_network_to_go_on_with(name, told):
+    from dicomcam.networks import build_model
+    with pytest.raises(ValueError, match=told): build_model(name, 2)
+
+def test_random_weights_need_no_torchxrayvision(monkeypatch):
+    from dicomcam.networks import build_model
+    monkeypatch.setattr(chest, 'find_spec', lambda name: None)
+    assert build_model(f'xrv:{DENSE}', 3)(torch.zeros(2, 1, 64, 64)).shape == (2, 3)
+    with pytest.raises(ImportError, match='dicomcam.xrv'): build_model(f'xrv:{DENSE}', 3, pretrained=True)
