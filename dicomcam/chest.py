@@ -231,4 +231,4 @@ def _build(name, n_out, pretrained, inputs):
     if pretrained: _load(model, _downloaded(name) if pretrained is True else pretrained, name)
     return model
 
-BUILDERS['xrv:'] = _build
+BUILDERS.update({'xrv:': _build})

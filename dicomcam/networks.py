@@ -187,7 +187,7 @@ def _timm(name, n_out, pretrained, inputs, size):
     else: model = timm.create_model(name, in_chans=_channels(inputs), num_classes=n_out)
     return set_inputs(_set_size(model, size) if _must_resize(name, size) else model, inputs)
 
-BUILDERS:dict = {} # prefix of names -> function of the rest of a name, n_out, pretrained, inputs, as for `build_model`
+BUILDERS = {} # prefix of names -> function of the rest of a name, n_out, pretrained, inputs, as for `build_model`
 
 def build_model(
     name:str,              # An xresnet of fastai, any architecture of timm, or one of `BUILDERS`
