@@ -14,6 +14,7 @@ from dicomcam.train import *
 from dicomcam.chest import *
 from dicomcam.interpret import *
 from dicomcam.planes import *
+from dicomcam.prior import *
 from dicomcam.heatmaps import *
 from dicomcam.layouts import *
 from dicomcam.layers import *

@@ -22,6 +22,7 @@ from .text import for_figure
 from .read import DicomError, read_dicom
 from .pixels import dicom_pixels
 from .view import Placement, View
+from .prior import LesionPrior
 from .planes import show_planes, show_signal
 from .maps import positive, to_unit, upsample
 
@@ -186,8 +187,28 @@ def _regions(heat, at):
         rows.append((*box, inside.max(), inside.sum()/heat.sum()))
     return rows
 
+# %% ../nbs/api/25_heatmaps.ipynb #e5f52193
+class _WeightedMaps(_NativeMaps):
+    "Maps and a prior of the same films."
+    def seen(self,
+        prior:LesionPrior, # From `lesion_prior`, of films that are not these
+    ) -> Tensor:           # float32, (n, h, w)
+        "The prior on the network's input, film by film."
+        size = self.images.shape[2:]
+        if len(size) != 2: raise ValueError('A prior is of films, and these images have no rows x columns.')
+        return torch.stack([prior.seen(self.view, *self.where(i)[:2], size) for i in range(len(self))])
+
+    def times(self,
+        prior:LesionPrior, # From `lesion_prior`, of films that are not these
+    ) -> 'Heatmaps':
+        "What speaks for the class, times how often a lesion lies there; at input size, and named 'METHOD x prior'."
+        places = self.seen(prior)[:, None]
+        raw = [positive(upsample(o, places.shape[2:]))*places for o in self.raw]
+        return Heatmaps(raw, self.images, self.probs, self.classes, self.layers, f'{self.method} x prior', self.items,
+            self.view, self.asked, self.norm, self.vocab)
+
 # %% ../nbs/api/25_heatmaps.ipynb #heac0008
-class _Pictures(_NativeMaps):
+class _Pictures(_WeightedMaps):
     "Images as they can be shown, and the maps of what is no image."
     def picture(self,
         i:int,             # Number of the image

@@ -1,4 +1,4 @@
-"""Heatmaps against lesions whose place is known: five measures, with intervals, beside maps that know nothing.
+"""Heatmaps against lesions whose place is known: six measures, with intervals, beside maps that know nothing.
 
 Docs: https://dicomcam.github.io/dicomcam/api/localize.html.md"""
 
@@ -12,6 +12,7 @@ import numpy as np, pandas as pd, torch
 from fastai.torch_core import to_np
 from scipy import ndimage
 
+from .prior import LesionPrior
 from .intervals import mean_interval
 from .heatmaps import Heatmaps, as_list, read_mask
 from .measures import MEASURES
@@ -20,27 +21,32 @@ from .measures import MEASURES
 def baselines(
     h:Heatmaps,  # Of any method
     seed:int=42, # Of the noise
-) -> list:       # Three `Heatmaps` of the same images and classes, with one layer, named ''
-    "Maps that know nothing of the model: nearness to the image's centre, uniform noise, edges (gradient magnitude)."
+    prior:LesionPrior=None, # Mean lesion of the training side, if it is known
+) -> list:       # A `Heatmaps` each of the same images and classes, with one layer, named ''
+    """Maps that know nothing of the model: nearness to the image's centre, uniform noise, edges (gradient magnitude),
+    and where lesions were in other films."""
     n, _, rows, cols = h.images.shape
     y, x = torch.meshgrid(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, cols), indexing='ij')
     centre = (2-x**2-y**2).expand(n, rows, cols)
     noise = torch.rand(n, rows, cols, generator=torch.Generator().manual_seed(seed))
     edges = torch.stack([torch.tensor(ndimage.gaussian_gradient_magnitude(o, 2)) for o in to_np(h.images.mean(1))])
+    maps = dict(centre=centre, noise=noise, edges=edges)
+    if prior: maps['prior'] = h.seen(prior)
     shape = n, len(h.classes), rows, cols
     return [Heatmaps([m[:, None].expand(shape)], h.images, h.probs, h.classes, [''], name, h.items, h.view,
         vocab=h.vocab)
-        for name, m in dict(centre=centre, noise=noise, edges=edges).items()]
+        for name, m in maps.items()]
 
 # %% ../nbs/api/30_localize.ipynb #9aa585d7
 def beside_baselines(
     h:Heatmaps|list, # Heatmaps, or a list of them (of several methods, say) of the same images
     layer=None,      # Layer, as `gradcam` was asked for it; None: each
+    prior:LesionPrior=None, # As for `baselines`
 ) -> list:           # Pairs (Heatmaps, position of one of its layers)
     "The maps to be judged, and after them the `baselines` of the same images."
     hs = as_list(h)
     judged = [(o, j) for o in hs for j in (range(len(o.layers)) if layer is None else [o.layer(layer)])]
-    return judged + [(o, 0) for o in baselines(hs[0])]
+    return judged + [(o, 0) for o in baselines(hs[0], prior=prior)]
 
 # %% ../nbs/api/30_localize.ipynb #72c94bd7
 def _known(h, masks):
@@ -60,14 +66,15 @@ def localization(
     grow:float=.03,    # How far off the lesion the brightest pixel may lie, as a share of the image's longer side
     at:float=.5,       # Share of the map's maximum from which on a pixel counts as bright
     measures:tuple=tuple(MEASURES), # Names in `MEASURES`
+    prior:LesionPrior=None, # As for `baselines`
 ) -> pd.DataFrame:     # Index: map, layer, measure; columns: mean, low, high (95 % bootstrap interval over images), n
-    """Heatmaps against lesion masks, for each map and for the three `baselines`; each measure is a share, from 0 to 1.
+    """Heatmaps against lesion masks, for each map and for the `baselines`; each measure is a share, from 0 to 1.
 
     Raises ValueError where masks and images differ in number or size, and where no mask has a lesion."""
     for o in as_list(h):
         if len(o) == len(masks): continue
         raise ValueError(f'{len(o)} images, but {len(masks)} masks. Give None for an image without a lesion.')
-    maps = beside_baselines(h, layer)
+    maps = beside_baselines(h, layer, prior)
     values = {(o.method, o.layers[j], measure): [] for o, j in maps for measure in measures}
     for i, mask in _known(maps[0][0], masks).items():
         near = ndimage.distance_transform_edt(~mask) <= grow*max(mask.shape) if 'pointing' in measures else None
@@ -91,9 +98,10 @@ def pointing_game(
     cls:str|int,     # The lesion's class, by name or index
     layer=None,      # Layer; None: each
     grow:float=.03,  # How far off the lesion the brightest pixel may lie, as a share of the image's longer side
+    prior:LesionPrior=None, # As for `baselines`
 ) -> pd.DataFrame:   # Index: map; columns: layer, mean, low, high, n
     "How often the brightest pixel lies in the grown lesion (Zhang et al. 2018), beside the baselines."
-    return _only('pointing', h, masks, cls, layer, grow=grow)
+    return _only('pointing', h, masks, cls, layer, grow=grow, prior=prior)
 
 # %% ../nbs/api/30_localize.ipynb #a6ac27d4
 def mass_in_mask(
@@ -101,9 +109,10 @@ def mass_in_mask(
     masks:list,
     cls:str|int,
     layer=None,
+    prior:LesionPrior=None,
 ) -> pd.DataFrame:   # Index: map; columns: layer, mean, low, high, n
     "Share of the heat that lies in the lesion."
-    return _only('mass', h, masks, cls, layer)
+    return _only('mass', h, masks, cls, layer, prior=prior)
 
 # %% ../nbs/api/30_localize.ipynb #2337ea54
 def iou(
@@ -112,10 +121,11 @@ def iou(
     cls:str|int,
     layer=None,
     at:float=.5,     # Share of the map's maximum from which on a pixel counts as bright; None: the best of 50 an image
+    prior:LesionPrior=None,
 ) -> pd.DataFrame:   # Index: map; columns: layer, mean, low, high, n
     "Intersection over union of bright region and lesion."
-    if at is None: return _only('best_iou', h, masks, cls, layer)
-    return _only('iou', h, masks, cls, layer, at=at)
+    if at is None: return _only('best_iou', h, masks, cls, layer, prior=prior)
+    return _only('iou', h, masks, cls, layer, at=at, prior=prior)
 
 # %% ../nbs/api/30_localize.ipynb #a26bb429
 def iobb(
@@ -124,6 +134,7 @@ def iobb(
     cls:str|int,
     layer=None,
     at:float=.5,     # Share of the map's maximum from which on a pixel counts as bright
+    prior:LesionPrior=None,
 ) -> pd.DataFrame:   # Index: map; columns: layer, mean, low, high, n
     "Share of the box around the brightest region that is lesion (Wang et al. 2017, ChestX-ray8)."
-    return _only('iobb', h, masks, cls, layer, at=at)
+    return _only('iobb', h, masks, cls, layer, at=at, prior=prior)

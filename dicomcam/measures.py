@@ -28,12 +28,22 @@ def _iou(heat, mask, grown, at):
     return (bright & mask).sum()/(bright | mask).sum()
 
 # %% ../nbs/07_trust.ipynb #d12b71b0
-def _best_iou(heat, mask, grown, at, steps=50):
-    "max over t of |heat >= t and lesion| / |heat >= t or lesion|, t = 0, 1/steps, ..., 1"
+def _counts(heat, mask, steps):
+    "Pixels, and pixels of the lesion, with heat >= t, for t = 1, 1-1/steps, ..., 0."
     level = (heat*steps).astype(int)
     def above(levels): return np.bincount(levels, minlength=steps+1)[::-1].cumsum()
-    bright, inside = above(level.ravel()), above(level[mask])
+    return above(level.ravel()), above(level[mask])
+
+def _best_iou(heat, mask, grown, at, steps=50):
+    "max over t of |heat >= t and lesion| / |heat >= t or lesion|, t = 0, 1/steps, ..., 1"
+    bright, inside = _counts(heat, mask, steps)
     return (inside/(bright-inside+mask.sum())).max()
+
+# %% ../nbs/07_trust.ipynb #643eb292
+def _auprc(heat, mask, grown, at, steps=1000):
+    "sum over t of precision(t) * (recall(t) - recall before), in steps of 1/steps (Arun et al. 2021)"
+    bright, inside = _counts(heat, mask, steps)
+    return (np.diff(inside, prepend=0)*inside/bright.clip(1)).sum()/mask.sum()
 
 # %% ../nbs/07_trust.ipynb #643b4427
 def _iobb(heat, mask, grown, at):
@@ -44,4 +54,4 @@ def _iobb(heat, mask, grown, at):
     box = ndimage.find_objects(regions)[brightest-1]
     return mask[box].mean()
 
-MEASURES = dict(pointing=_pointing, mass=_mass, iou=_iou, best_iou=_best_iou, iobb=_iobb)
+MEASURES = dict(pointing=_pointing, mass=_mass, iou=_iou, best_iou=_best_iou, auprc=_auprc, iobb=_iobb)
