@@ -196,7 +196,8 @@ class _WeightedMaps(_NativeMaps):
         "The prior on the network's input, film by film."
         size = self.images.shape[2:]
         if len(size) != 2: raise ValueError('A prior is of films, and these images have no rows x columns.')
-        return torch.stack([prior.seen(self.view, *self.where(i)[:2], size) for i in range(len(self))])
+        films = [self.where(i) for i in range(len(self))]
+        return torch.stack([prior.seen(self.view, rows, cols, size) for rows, cols, *_ in films])
 
     def times(self,
         prior:LesionPrior, # From `lesion_prior`, of films that are not these

@@ -34,7 +34,7 @@ class LesionPrior:
         x, y, width, height = view.seen(rows, cols) # part of the film that the input spans
         across, down = width/cols, height/rows
         theta = torch.tensor([[across, 0, 2*x/cols + across - 1], [0, down, 2*y/rows + down - 1]]).float()
-        where = F.affine_grid(theta[None], (1, 1, *size), align_corners=False)
+        where = F.affine_grid(theta[None], [1, 1, *size], align_corners=False)
         inside = (where.abs() <= 1).all(-1)
         grid = torch.as_tensor(self.grid)[None, None]
         return (F.grid_sample(grid, where, padding_mode='border', align_corners=False)*inside)[0, 0]
