@@ -175,7 +175,8 @@ def _layer(text): return int(text) if text.lstrip('-').isdigit() else text
 
 _maps = _options(
     click.option('--method', default='gradcam', show_default=True,
-        help='How: layercam, eigencam ...; a wrong name lists all.'),
+        help='How: layercam, scorecam, occlusion ...; a wrong name lists all.'),
+    click.option('--smooth', help='noise or tta: the mean map of noisy copies, or of mirror images and brightness.'),
     click.option('--layer', metavar='LAYER', type=_layer, help=_LAYER))
 
 # %% ../nbs/api/37_cli.ipynb #cec51bfa
@@ -260,14 +261,15 @@ def train(folder, labels, by, seed, checkpoint, resume, out, force, **recipe):
     _tell(f'Model in {out}')
 
 # %% ../nbs/api/37_cli.ipynb #7066c52d
-def _engine(model, layer, method, cls):
+def _engine(model, method, smooth, layer, cls):
     "Classes of the model in a file, what explains files by it, and the layer's name. Raises ValueError."
     import torch
-    from dicomcam.gradcam import gradcam
+    from dicomcam.attribution import attribute, attribution
     from dicomcam.layers import fine_stage
     from dicomcam.models import load_model
-    learn = load_model(model)
-    maps = partial(gradcam, learn, layers=fine_stage(learn) if layer is None else layer, method=method)
+    learn, layered = load_model(model), attribution(method).layered
+    layers = fine_stage(learn) if layer is None and layered else layer
+    maps = partial(attribute, learn, layers=layers, method=method, smooth=smooth)
     size = learn.dls.setup.size
     shown, = maps(torch.zeros(1, 1, size, size), classes=cls).layers
     return list(learn.dls.vocab), maps, shown
@@ -301,7 +303,7 @@ def _help(team, out, engine, draw):
 @click.option('--bs', default=16, show_default=True, type=click.IntRange(1), help='Images in a batch.')
 @click.option('--phi', is_flag=True, help='Name files by their whole path, not by that below the folder of all.')
 @_out('heatmaps', 'Folder for the results.')
-def explain(model, files, method, layer, cls, dicom, bs, phi, out, force):
+def explain(model, files, method, smooth, layer, cls, dicom, bs, phi, out, force):
     """Heatmaps of DICOM files by MODEL: a picture each, and heatmaps.csv with probabilities and boxes.
 
     DICOM... are files, folders or patterns. Files that cannot be explained are listed at the end; the exit status is
@@ -311,7 +313,7 @@ def explain(model, files, method, layer, cls, dicom, bs, phi, out, force):
     Example: dicomcam explain model.safetensors ~/xrays/train --class Pneumonia --out heatmaps
     """
     from dicomcam.team import Team
-    engine = partial(_engine, model, layer, method, cls)
+    engine = partial(_engine, model, method, smooth, layer, cls)
     def draw(part, maps, files, vocab, team, progress=True):
         return draw_heatmaps(part, maps, files, vocab, cls, dicom, bs, phi, team.share(len(files), bs), progress)
     with Team() as team:
@@ -342,7 +344,7 @@ def explain(model, files, method, layer, cls, dicom, bs, phi, out, force):
 @click.option('--cases', default=50, show_default=True, type=click.IntRange(1), help='Most images to show.')
 @click.option('--phi', is_flag=True, help='Show names of files and patients.')
 @_out('report.html', 'HTML file to write.')
-def report(model, folder, labels, by, method, layer, positive, held_out, cases, phi, out, force):
+def report(model, folder, labels, by, method, smooth, layer, positive, held_out, cases, phi, out, force):
     """One HTML file on how good MODEL is on the labelled images of FOLDER, with figures, intervals and cases.
 
     \b
@@ -362,7 +364,7 @@ def report(model, folder, labels, by, method, layer, positive, held_out, cases, 
         title = Path(model).name
         if phi: title += f' on {Path(folder).resolve().name}'
         write(learn, table, part, layers=layer, method=method, positive=positive, n=cases, phi=phi, path=folder,
-            title=title, progress=True)
+            title=title, progress=True, smooth=smooth)
     _tell(f'Report in {out}')
 
 # %% ../nbs/api/37_cli.ipynb #c102cda7

@@ -9,6 +9,7 @@ __all__ = ['report']
 
 # %% ../nbs/api/34_report.ipynb #23eb896c
 import warnings
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from .layers import first_fine, last_stages
 from .heatmaps import read_mask
 from .explain import Classifier
 from .gradcam import gradcam
+from .attribution import attribute, attribution
 from .pictures import heat_uri, outline_path, photo_uri, plot_uri
 
 # %% ../nbs/api/34_report.ipynb #d2f51d21
@@ -189,7 +191,7 @@ def report(
     items=None,                # As for `predictions`: a table as of `label_table`, paths, ...; None: the validation set
     fn:str|Path='report.html', # Where to
     layers=None,               # Layers to choose from, as for `gradcam`; None: the last three stages
-    method:str='gradcam',      # A name in `METHODS`
+    method:str='gradcam',      # A name in `ATTRIBUTIONS`
     positive:str|None=None,    # Class that counts as positive; None: the last of two, each of more
     threshold=0.5,             # As for `evaluate`
     n:int=50,                  # Most cases in the gallery
@@ -198,9 +200,11 @@ def report(
     title:str|None=None,       # Heading
     side:int=512,              # Longest side of the images in the gallery, pixels
     progress:bool=False,       # Show a bar with the time left?
+    smooth:str|Callable|None=None, # As for `attribute`
 ) -> Path:                     # `fn`
     """One HTML file that needs nothing else: data, split, metrics with intervals, subgroups with warnings, and a
-    gallery of cases with heatmaps. Written whole or not at all. Raises ValueError as `evaluate` and `gradcam` do."""
+    gallery of cases with heatmaps. Written whole or not at all. Raises ValueError as `evaluate` and `attribute` do."""
+    layered = attribution(method).layered
     df = predictions(learn, items, progress)
     vocab = prediction_classes(df)
     positives = positive_classes(vocab, is_multi(df.label), positive)
@@ -211,8 +215,8 @@ def report(
     cases = picked[['file', 'label', 'patient', 'loss']].assign(scores=class_scores(picked).to_dict('records'),
         predicted=_predicted(df, vocab, results))
     files = picked.file.tolist()
-    layers = _stages(learn, files[0]) if layers is None else layers
-    heatmaps = gradcam(learn, files, vocab, layers, method, batches=True)
+    if layers is None and layered: layers = _stages(learn, files[0])
+    heatmaps = attribute(learn, files, vocab, layers, method, smooth, batches=True)
     table = learn.dls.setup.table if items is None else df
     html = _render(title=title or 'Report of an X-ray classifier', method=method, vocab=vocab, phi=phi, side=side,
         chosen=chosen, **_about_data(learn, df, items), **_about_results(df, table, vocab, results),

@@ -7,6 +7,7 @@ from click.testing import CliRunner
 from torch.utils import data
 
 from dicomcam import report as report_
+from dicomcam.attribution import attribute
 from dicomcam.cli import main
 from dicomcam.files import helping_with, remove_unfinished, whole
 from dicomcam.folder import draw_heatmaps, write_heatmaps, write_table
@@ -82,14 +83,13 @@ def test_the_report_keeps_one_batch_of_heatmaps(folder, tmp_path, monkeypatch):
     learn, alive, most = make_tiny(dicom_dls(folder, size=64, bs=4)), [], []
     import weakref
     def watched(*args, **kw):
-        h = gradcam(*args, **kw)
-        if not kw.get('batches'): return h
-        return (note(o) for o in h)
+        assert kw['batches']
+        return map(note, attribute(*args, **kw))
     def note(h):
         alive.append(weakref.ref(h))
         most.append(sum(o() is not None for o in alive))
         return h
-    monkeypatch.setattr(report_, 'gradcam', watched)
+    monkeypatch.setattr(report_, 'attribute', watched)
     df = predictions(learn, films(folder)[:14])
     fn = report_.report(learn, films(folder)[:14], tmp_path/'r.html', layers=-6, n=14, phi=True)
     html = fn.read_text(encoding='utf-8')
@@ -204,3 +204,27 @@ def test_one_that_is_lost_ends_all(job, tmp_path):
     assert well['status'] == [1, 1] and well['said'][1] == ''
     assert [o.name for o in tmp_path.iterdir()] == ['out'] # of the last job alone
     with open(tmp_path/'out'/'heatmaps.csv', encoding='utf-8') as f: assert len({o['file'] for o in csv.DictReader(f)}) == 7
+
+# --- any method ---
+
+@pytest.mark.parametrize('method, smooth', [('scorecam', None), ('occlusion', None), ('cam', 'noise'), ('layercam', 'tta')])
+def test_explain_and_report_take_any_method(folder, tiny_learner, tmp_path, monkeypatch, method, smooth):
+    monkeypatch.setattr('dicomcam.models.load_model', lambda fn: tiny_learner)
+    files, how = films(folder)[:2], ['--method', method, *(['--smooth', smooth] if smooth else [])]
+    r = CliRunner().invoke(main, ['explain', 'm', *map(str, files), *how, '--out', str(tmp_path/'maps')])
+    assert r.exit_code == 0, r.output
+    layer = r.stdout.splitlines()[0].removeprefix('Heatmaps of layer ')
+    h = attribute(tiny_learner, files, method=method, smooth=smooth, **(dict(layers=layer) if method in ('scorecam', 'layercam') else {}))
+    table = pd.read_csv(tmp_path/'maps'/'heatmaps.csv').groupby('file', sort=False).first()
+    boxes = pd.concat([h.boxes(i).reindex([0]) for i in range(2)]) # a map may have none
+    np.testing.assert_allclose(table[['x', 'y', 'width', 'height']], boxes[['x', 'y', 'width', 'height']].astype(float))
+    html = report_.report(tiny_learner, files, tmp_path/'r.html', method=method, smooth=smooth).read_text(encoding='utf-8')
+    assert html.count('<li class="case"') == 2 and f'Over each image lies a {method}' in html
+
+@pytest.mark.parametrize('how, says', [(['--method', 'magic'], 'occlusion'), (['--smooth', 'butter'], 'tta'), (['--method', 'occlusion', '--layer', '-6'], 'leave layers out')])
+def test_a_method_that_is_not_there(folder, tiny_learner, tmp_path, monkeypatch, how, says):
+    monkeypatch.setattr('dicomcam.models.load_model', lambda fn: tiny_learner)
+    for command in ['explain', 'm', str(films(folder)[0])], ['report', 'm', str(folder)]:
+        r = CliRunner().invoke(main, [*command, *how, '--out', str(tmp_path/'x')])
+        assert r.exit_code == 2 and says in r.stderr.splitlines()[-1], r.output
+    assert not list(tmp_path.iterdir())
