@@ -66,6 +66,14 @@ class _Final(TorchFunctionMode):
         "From `out` to probabilities; None: it is what none of them returned, nor another shape of that."
         return self.of_result if self.result is not None and any(o is self.result for o in (out, out._base)) else None
 
+_OF_NODE = dict(SoftmaxBackward0=_same, SigmoidBackward0=_same, LogSoftmaxBackward0=torch.exp,
+    LogSigmoidBackward0=torch.exp)
+
+def _of_graph(out):
+    "The same, of an output that has a graph: that knows its last operation, and nobody has to watch."
+    whole = out if out._base is None else out._base
+    return whole.grad_fn and _OF_NODE.get(whole.grad_fn.name())
+
 # %% ../nbs/api/26c_classifier.ipynb #d61f5d03
 @dataclass
 class Asked:
@@ -117,16 +125,19 @@ class _Model:
         like = self.like
         return files, (x.as_subclass(Tensor).detach().to(like.device, like.dtype, copy=True) for x in batches)
 
-    def run(self, xb:Tensor) -> Any:
+    def run(self,
+        xb:Tensor,        # A batch
+        graph:bool=False, # Will there be autograd's graph of the output?
+    ) -> Any:
         "What the network returns for a batch; of several outputs the one asked for. Raises ValueError."
-        with _Final() if self.act is None else nullcontext() as final:
+        with nullcontext() if self.act or graph else _Final() as final:
             try: out = self.model(xb)
             except torch.OutOfMemoryError: raise
             except (RuntimeError, ValueError) as e:
                 hint = ' (One image becomes a batch by x[None].)' if xb.ndim == 3 else ''
                 raise ValueError(f'The model cannot take a batch of shape {tuple(xb.shape)}: {e}{hint}') from e
         out = self._part(out)
-        if final and isinstance(out, Tensor): self.act = final.act(out) or _softmax
+        if self.act is None and isinstance(out, Tensor): self.act = (final.act if final else _of_graph)(out) or _softmax
         return out
 
     def _part(self, out):
@@ -192,9 +203,10 @@ class Classifier(_Named):
         target=None,   # 'predicted'; a class for each image; or a function from the output to (n,) numbers
         first:int=0,   # Number of the first image of the batch among all
         score_of:Callable=None, # From scores (n, classes) and a class an image (n,) to (n,); None: that class's score
+        graph:bool=False, # As for `run`
     ) -> Asked:
         "One forward pass, and what is to be explained of it. Raises ValueError."
-        out, n = self.run(xb), len(xb)
+        out, n = self.run(xb, graph), len(xb)
         if callable(target): return self._number(out, n, target)
         scores = self.as_scores(out, n)
         if target is None: return self.of_scores(scores, classes, score_of)

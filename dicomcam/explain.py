@@ -9,17 +9,16 @@ __all__ = ['as_found', 'swapped', 'outputs_of', 'inputs_of', 'trace_of', 'own_la
            'explain', 'Classifier']
 
 # %% ../nbs/api/27_explain.ipynb #c8239360
-import threading
+import random, threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from weakref import WeakKeyDictionary
 
-import torch
+import numpy as np, torch
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
-from fastai.torch_core import no_random
 from fastai.vision.augment import CropPad, RandomResizedCrop, RandomResizedCropGPU, RatioResize, Resize, ResizeMethod
 from fastcore.basics import nested_attr
 from torch import Tensor, nn
@@ -48,19 +47,48 @@ def as_found(
     it was, in any case."""
     with _lock(model), _frozen(model): yield
 
+def _modules(model):
+    "As `model.modules()`, in another order: that one takes as long as a layer of a small network."
+    seen, todo = {}, [model]
+    while todo:
+        module = todo.pop()
+        if module is None or id(module) in seen: continue
+        seen[id(module)] = module
+        todo += module._modules.values()
+    return list(seen.values())
+
+@contextmanager
+def _seeded():
+    "Fixed seeds inside; afterwards the random states are the caller's."
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(gpus):
+        random.seed(42)
+        np.random.seed(42)
+        torch.default_generator.manual_seed(42) # `torch.manual_seed` costs a hundred times as much without a GPU
+        if gpus: torch.cuda.manual_seed_all(42)
+        try: yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
 @contextmanager
 def _frozen(model):
-    "What `as_found` does for the one thread that is inside."
-    modes = [(m, m.training) for m in model.modules()]
-    grads = [(p, p.requires_grad) for p in model.parameters()]
-    with no_random(reproducible=False), torch.inference_mode(False), torch.enable_grad():
+    "What `as_found` does for the one thread that is inside. Nothing is set that is set already."
+    modules = _modules(model)
+    modes = [(m, m.training) for m in modules]
+    grads = [(p, p.requires_grad) for m in modules for p in m._parameters.values() if p is not None]
+    with _seeded(), torch.inference_mode(False), torch.enable_grad():
         try:
-            model.eval()
-            model.requires_grad_(False)
+            if any(was for _, was in modes): model.eval()
+            for p, was in grads:
+                if was: p.requires_grad_(False)
             yield
         finally:
-            for m, was in modes: m.training = was
-            for p, was in grads: p.requires_grad_(was)
+            for m, was in modes:
+                if m.training != was: m.training = was
+            for p, was in grads:
+                if p.requires_grad != was: p.requires_grad_(was)
 
 # %% ../nbs/api/27_explain.ipynb #6f37ddf2
 def swapped(
@@ -114,7 +142,7 @@ def trace_of(
     xb:Tensor,    # A batch
 ) -> Trace:
     "What the layers of the model do with images such as these."
-    parts = tuple(map(id, c.model.modules())) # other parts, another network
+    parts = tuple(map(id, _modules(c.model))) # other parts, another network
     return _remembered(c.model, (xb.shape[1:], xb.dtype, parts), lambda: Trace(c.model, c.run, xb[:1].clone()))
 
 def own_layer(
@@ -191,10 +219,10 @@ def explained(
 ) -> Iterator[Heatmaps]:
     "`Heatmaps` of `items`, batch by batch. The model is left as it was found, between two batches too."
     c, first = Classifier(learn_or_model, act, output), 0
-    norm = _normalize(c.learn)
-    with as_found(c.model): files, batches = c.batches(items)
+    norm, batches = _normalize(c.learn), None
     while True:
         with as_found(c.model):
+            if batches is None: files, batches = c.batches(items)
             xb = next(batches, None)
             if xb is None: return
             seen = xb.cpu().float() # a copy on the CPU too, where the network may change its input in place

@@ -97,7 +97,9 @@ def layouts_of(
     layout=None,         # 'nchw', 'nhwc', 'tokens', or a function to (n, c, h, w); None: found out
 ) -> list[Callable]:     # From a layer's output to (n, c, *grid), one a layer
     "How the layers' outputs are read. Raises ValueError for a layer without positions, or that is read in two ways."
-    return [layout if callable(layout) else trace_of(c, xb).layout(name, layout) for name in names]
+    if callable(layout): return [layout]*len(names)
+    trace = trace_of(c, xb)
+    return [trace.layout(name, layout) for name in names]
 
 def layer_output(
     outputs:dict, # As `outputs_of` fills it
@@ -133,7 +135,7 @@ class _GradCam:
         lean = _LeanNorm() if self.lean and self.grad and len(xb) >= _FEW else nullcontext()
         plain = sdpa_kernel(SDPBackend.MATH) if self.grad > 1 else nullcontext() # fused attention has one derivative
         with torch.set_grad_enabled(self.grad > 0), outputs_of(c.model, self.names) as outputs, lean, plain:
-            asked = c.asked(xb, self.classes, self.target, first, self.score_of)
+            asked = c.asked(xb, self.classes, self.target, first, self.score_of, self.grad > 0)
         acts = [layer_output(outputs, o, len(xb)) for o in self.names]
         try: maps = [self._maps(score, acts, layouts, score is not asked.scores[-1]) for score in asked.scores]
         except CheckpointError: # the network runs parts of itself again on the way back

@@ -20,16 +20,23 @@ from torch import Tensor, nn
 from .layouts import Layout, Seen, prefixes_of, readings, told
 
 # %% ../nbs/api/26_layers.ipynb #6c2aaffc
+def _found(model, name):
+    "Is there a layer of that name?"
+    for part in name.split('.'):
+        model = model and model._modules.get(part)
+    return model is not None
+
 def layer_name(
     model:nn.Module,         # Any `nn.Module`
     layer:nn.Module|int|str, # A module of it, its name, or its index among the children, as in `model[-5]`
 ) -> str:                    # Its dotted name
     "Name of a layer. Raises ValueError with what there is instead."
+    if isinstance(layer, str) and _found(model, layer): return layer
     layers = dict(model.named_modules(remove_duplicate=False))
     children = [name for name, child in model._modules.items() if child is not None]
     if isinstance(layer, nn.Module): name = next((n for n, o in layers.items() if o is layer), None)
     elif isinstance(layer, int): name = children[layer] if -len(children) <= layer < len(children) else None
-    else: name = layer if layer in layers else None
+    else: name = None
     if name: return name
 
     near = difflib.get_close_matches(layer, layers, 3) if isinstance(layer, str) else []

@@ -12,6 +12,7 @@ from tiny import TinyNet
 from torchvision.models import densenet121, mobilenet_v3_small, resnet18, squeezenet1_0, squeezenet1_1
 
 from dicomcam.cam import cam
+from dicomcam.classifier import Classifier
 from dicomcam.explain import as_found, outputs_of, view_of
 from dicomcam.heatmaps import Heatmaps, read_mask
 from dicomcam.layers import fine_stage, first_fine, last_stages, layer_name
@@ -305,6 +306,33 @@ def test_learner_is_left_as_found(tmp_path):
     before, rng = state(learn.model), randoms()
     gradcam(learn, [tmp_path/'a.png', tmp_path/'b.png'])
     assert same(state(learn.model), before) and randoms() == rng
+
+class Meddles(nn.Module):
+    "Sets modes and gradients of its own parts"
+    def __init__(self): super().__init__(); self.net = resnet18(num_classes=2)
+    def forward(self, x):
+        out = self.net(x)
+        self.net.layer1.train()
+        self.net.layer2.requires_grad_(True)
+        return out
+
+@pytest.mark.parametrize('f', [cam, gradcam])
+@pytest.mark.parametrize('training', [False, True])
+def test_what_a_network_does_to_itself_is_undone(f, training):
+    net = Meddles().train(training).requires_grad_(False)
+    before = state(net)
+    f(net, batch())
+    assert same(state(net), before)
+
+ENDS = [nn.Softmax(1), nn.Sigmoid(), nn.LogSoftmax(1), nn.LogSigmoid(), nn.Identity(), nn.Sequential(nn.Softmax(1), nn.Flatten(0), nn.Unflatten(0, (2, 3)))]
+
+@pytest.mark.parametrize('end', ENDS, ids=str)
+def test_an_output_is_read_alike_with_and_without_a_graph(end):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Flatten(), nn.Linear(12, 3), end), torch.randn(2, 3, 2, 2)
+    with torch.no_grad(): watched = Classifier(net).asked(x)
+    asked = Classifier(net).asked(x, graph=True)
+    assert asked.scores[0].requires_grad and torch.equal(asked.values, watched.values)
 
 def test_dropout_that_never_sleeps_leaves_the_random_state():
     class Noisy(nn.Module):
