@@ -42,7 +42,7 @@ _OF_LOSS = {nn.CrossEntropyLoss: _softmax, F.cross_entropy: _softmax, nn.NLLLoss
     nn.BCEWithLogitsLoss: torch.sigmoid, F.binary_cross_entropy_with_logits: torch.sigmoid,
     nn.MultiLabelSoftMarginLoss: torch.sigmoid, nn.BCELoss: _same, F.binary_cross_entropy: _same}
 
-_OF_FUNCTION = dict(softmax=_same, sigmoid=_same, sigmoid_=_same, log_softmax=torch.exp, logsigmoid=torch.exp)
+_OF_FUNCTION = dict(softmax=_same, sigmoid=_same, sigmoid_=_same, log_softmax=torch.exp, log_sigmoid=torch.exp)
 
 def _of_loss(loss):
     "From scores to probabilities, as the loss has it; None: it does not say."

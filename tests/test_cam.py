@@ -312,7 +312,7 @@ class Meddles(nn.Module):
     def __init__(self): super().__init__(); self.net = resnet18(num_classes=2)
     def forward(self, x):
         out = self.net(x)
-        self.net.layer1.train()
+        self.net.avgpool.train()
         self.net.layer2.requires_grad_(True)
         return out
 
