@@ -109,7 +109,7 @@ def _inputs():
     "What the command that runs reads, --force or not."
     context = click.get_current_context(silent=True)
     given = context.params if context else {}
-    named = [*(given.get(o) for o in ('model', 'folder', 'data')), *given.get('files', ())]
+    named = [*(given.get(o) for o in ('model', 'named', 'folder', 'data')), *given.get('files', ())]
     labels = Path(given.get('folder') or '')/(given.get('labels') or '')
     return {Path(o).expanduser().resolve() for o in (*named, labels) if o}
 
@@ -295,7 +295,8 @@ def _help(team, out, engine, draw):
 # %% ../nbs/api/37_cli.ipynb #b1cacce4
 @main.command()
 @click.argument('model')
-@click.argument('files', nargs=-1, required=True, metavar='DICOM...')
+@click.argument('files', nargs=-1, metavar='DICOM...')
+@click.option('--model', 'named', metavar='MODEL', help='The model, where all arguments are to be DICOM files.')
 @_maps
 @click.option('--class', 'cls',
     help='Class to explain; by default the likeliest of each image for the boxes, and all in the pictures.')
@@ -303,9 +304,10 @@ def _help(team, out, engine, draw):
 @click.option('--bs', default=16, show_default=True, type=click.IntRange(1), help='Images in a batch.')
 @click.option('--phi', is_flag=True, help='Name files by their whole path, not by that below the folder of all.')
 @_out('heatmaps', 'Folder for the results.')
-def explain(model, files, method, smooth, layer, cls, dicom, bs, phi, out, force):
+def explain(model, files, named, method, smooth, layer, cls, dicom, bs, phi, out, force):
     """Heatmaps of DICOM files by MODEL: a picture each, and heatmaps.csv with probabilities and boxes.
 
+    MODEL is a file that train wrote, or a chest network that others trained: xrv:densenet121-res224-all, say.
     DICOM... are files, folders or patterns. Files that cannot be explained are listed at the end; the exit status is
     then 1.
 
@@ -313,6 +315,8 @@ def explain(model, files, method, smooth, layer, cls, dicom, bs, phi, out, force
     Example: dicomcam explain model.safetensors ~/xrays/train --class Pneumonia --out heatmaps
     """
     from dicomcam.team import Team
+    if named: model, files = named, (model, *files)
+    if not files: raise click.UsageError("Missing argument 'DICOM...'.", click.get_current_context())
     engine = partial(_engine, model, method, smooth, layer, cls)
     def draw(part, maps, files, vocab, team, progress=True):
         return draw_heatmaps(part, maps, files, vocab, cls, dicom, bs, phi, team.share(len(files), bs), progress)

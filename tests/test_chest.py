@@ -324,7 +324,9 @@ def test_findings_of_a_folder_without_labels(home, films, tmp_path, monkeypatch)
     from click.testing import CliRunner
     from dicomcam.cli import main
     file, name = films(300, 280), 'densenet121-res224-rsna'
-    r = CliRunner().invoke(main, ['explain', f'xrv:{name}', str(file), '--out', str(tmp_path/'out')])
+    one = CliRunner().invoke(main, ['explain', '--model', f'xrv:{name}', '--out', str(tmp_path/'one')])
+    assert one.exit_code == 2 and "Missing argument" in one.stderr
+    r = CliRunner().invoke(main, ['explain', '--model', f'xrv:{name}', str(file), '--out', str(tmp_path/'out')])
     assert r.exit_code == 0, r.output
     df = pd.read_csv(tmp_path/'out'/'heatmaps.csv')
     learn = chest_network(name)
