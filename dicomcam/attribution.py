@@ -36,7 +36,8 @@ def _of_gradient(name):
     "The entry of a method in `METHODS`."
     map_of, grad = METHODS[name][:2]
     does = ' '.join((map_of.__doc__ or name).split())
-    return Attribution(partial(gradcam_maps, method=name), True, does, '1, and 1 back a class' if grad else '1')
+    costs = f'1, and {int(grad)} back a class' if grad else '1'
+    return Attribution(partial(gradcam_maps, method=name), True, does, costs)
 
 _BY_TRIAL = '1, and 1 a channel that is not zero, at each layer'
 
@@ -48,7 +49,7 @@ ATTRIBUTIONS: dict[str, Attribution] = {
     'ablationcam': Attribution(partial(channel_maps, method='ablationcam'), True,
         'sum_c w_c a_c, w_c the share of the score lost without channel c (Desai and Ramaswamy 2020)', _BY_TRIAL),
     'occlusion': Attribution(occlusion_maps, False,
-        'what the score loses under a patch (Zeiler and Fergus 2014)', '1, and 1 a place of the patch: about 256'),
+        'what the score loses under a patch (Zeiler and Fergus 2014)', '1, and 1 a place of the patch: 225, of a volume 512'),
     'integrated_gradients': Attribution(integrated_gradients_maps, False,
         'sum_c (x_c - b_c) times the mean gradient between b and x (Sundararajan et al. 2017), by captum',
         '1, and 50 and back a class'),
