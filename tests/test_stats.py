@@ -23,7 +23,7 @@ def test_no_hit_in_29_is_not_never():
 @pytest.mark.parametrize('n', SIZES)
 @pytest.mark.parametrize('rate', RATES)
 def test_a_share_is_held_in_95_of_100_studies(rate, n, f):
-    "Computed, not simulated: the probability of each count whose interval holds the rate. (The percentile bootstrap: 77 for 15 images at 0.9)"
+    "Computed, not simulated: the probability of each count whose interval holds the rate. (The percentile bootstrap: 78 for 15 images at 0.9)"
     ends = [f([1]*k+[0]*(n-k)) for k in range(n+1)]
     assert 93 <= 100*sum(binom.pmf(k, n, rate) for k, (_, low, high) in enumerate(ends) if low <= rate <= high) < 97.5
 
@@ -84,7 +84,7 @@ def test_a_mean_interval_worked_out():
 
 @pytest.mark.parametrize('n,gap', [(15, 2.3), (30, 1.2), (30, 3)])
 def test_an_area_near_one_is_held(n, gap):
-    "(The percentile bootstrap: 88 to 92)"
+    "(The percentile bootstrap: 90 for 30 of either class and an AUC of 0.95)"
     truth, ends, rng = norm.cdf(gap/2**.5), [], np.random.default_rng(1)
     for i in range(300):
         y = np.arange(2*n) < n
