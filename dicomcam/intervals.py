@@ -1,4 +1,4 @@
-"""How sure is a metric: bootstrap intervals by patient, exact ones for a perfect share, for many resamples at once.
+"""How sure is a metric: intervals by patient that hold the truth as often as they say, for many resamples at once.
 
 Docs: https://dicomcam.github.io/dicomcam/api/intervals.html.md"""
 

@@ -237,7 +237,7 @@ def evaluate(
     seed:int=42,                   # Of the resampling, and of the parts on which the threshold is chosen
 ) -> dict:                         # Metric -> dict(value, low, high); images, patients, positive, threshold to use
     """accuracy, auc, average_precision, sensitivity, specificity, ppv, npv, brier, calibration_error, each with its
-    95 % bootstrap interval, resampled by patient; exact binomial for a perfect share. NaN is what cannot be known from
+    95 % interval by patient (`interval`). NaN is what cannot be known from
     these images. A threshold that is not given as a number is chosen on other patients than it is scored on. Raises
     ValueError for unlabelled images, and for a class or a threshold that makes no sense."""
     df = as_predictions(learn, items)
