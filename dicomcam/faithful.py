@@ -83,7 +83,7 @@ def deletion(
 ) -> pd.DataFrame:     # Index: map; columns: layer, mean, low, high, n
     """Area under the probability of `cls` as pixels are taken away, brightest first; small is good.
 
-    Of each map and the `baselines`, with a 95 % interval over images (`mean_interval`; Petsiuk et al. 2018). Raises ValueError
+    Of each map and the `baselines`, with a 95 % interval over images (Petsiuk et al. 2018). Raises ValueError
     for an unknown fill."""
     return _area(False, learn_or_model, h, cls, layer, steps, fill, act)
 
