@@ -201,10 +201,13 @@ class _WeightedMaps(_NativeMaps):
 
     def times(self,
         prior:LesionPrior, # From `lesion_prior`, of films that are not these
+        floor:float=.5,    # What a place without heat counts, beside the 1 of the brightest; 0: nothing
     ) -> 'Heatmaps':
-        "What speaks for the class, times how often a lesion lies there; at input size, and named 'METHOD x prior'."
+        """(floor + heat) times how often a lesion lies there, heat being what speaks for the class as a share of its
+        maximum. At input size, and named 'METHOD x prior'."""
         places = self.seen(prior)[:, None]
-        raw = [positive(upsample(o, places.shape[2:]))*places for o in self.raw]
+        heat = [positive(upsample(o, places.shape[2:])) for o in self.raw]
+        raw = [(floor + o/o.amax((2, 3), keepdim=True).clamp(min=1e-30))*places for o in heat]
         return Heatmaps(raw, self.images, self.probs, self.classes, self.layers, f'{self.method} x prior', self.items,
             self.view, self.asked, self.norm, self.vocab)
 

@@ -49,10 +49,13 @@ def test_prior_on_films_of_several_proportions(tmp_path):
 
 def test_times_is_named_and_keeps_only_what_speaks_for_the_class():
     h = heatmaps(LEFT-RIGHT, -LEFT)
-    t = h.times(lesion_prior([LEFT, RIGHT], 40, 0))
+    prior = lesion_prior([LEFT, RIGHT], 40, 0)
+    t = h.times(prior, floor=0)
     assert t.method == 'test x prior' and h.method == 'test'
     assert torch.equal(t.maps[0, 0, 0], torch.tensor(LEFT/2).float()) and not t.maps[1].any()
     assert (t.classes, t.layers, t.vocab) == (h.classes, h.layers, h.vocab) and torch.equal(t.probs, h.probs)
+    half = h.times(prior).maps[0, 0, 0].numpy()
+    assert half == pytest.approx(LEFT*.75+RIGHT*.25) # 1.5 and .5 of .5
     fig = t.show(0)
     assert any('test x prior' in ax.get_ylabel() for ax in fig.axes)
 
@@ -67,7 +70,7 @@ def test_prior_among_the_baselines():
     assert [o.method for o in baselines(h, prior=prior)] == ['centre', 'noise', 'edges', 'prior']
     game = pointing_game(h, [LEFT, RIGHT], 'a', grow=0, prior=prior)
     assert game['mean'][['test', 'prior']].tolist() == [1, .5] and game.n['prior'] == 2
-    means = localization([h, h.times(prior)], [LEFT, RIGHT], 'a', prior=prior)['mean'].droplevel('layer')
+    means = localization([h, h.times(prior, floor=0)], [LEFT, RIGHT], 'a', prior=prior)['mean'].droplevel('layer')
     assert means['test x prior', 'mass'] == .5 and means['prior', 'mass'] == .5 # of nothing, nothing is left
 
 @pytest.mark.parametrize('levels', [2, 10, 1000])
