@@ -16,9 +16,10 @@ from pathlib import Path
 warnings.simplefilter('ignore')
 sys.modules['gdcm'] = None # it decodes JPEG several times slower than Pillow, and pydicom would prefer it
 import numpy as np, pandas as pd, torch
-from sklearn.metrics import roc_auc_score
+from fastai.vision.augment import Flip
 from sklearn.model_selection import StratifiedGroupKFold
 
+from dicomcam.batches import XrayTfm
 from dicomcam.choice import CANDIDATES, choose_layer, late_stages, training_prior
 from dicomcam.data import lesion_mask
 from dicomcam.files import plain_progress
@@ -50,12 +51,12 @@ def boxes_of(folders, names):
         if not fn.is_file(): continue
         for row in read_table(fn).itertuples():
             box = [float(getattr(row, o)) for o in ('x', 'y', 'width', 'height')]
-            boxes.setdefault((fn.parent/row.file).resolve(), []).append(box)
+            boxes.setdefault(Path(os.path.abspath(fn.parent/row.file)), []).append(box)
     return boxes
 
 def mask_of(file, folders, boxes):
     "What anybody has drawn on a film, joined; None where nobody has."
-    file = Path(file).resolve()
+    file = Path(os.path.abspath(file))
     folder = next(o for o in folders if file.is_relative_to(o))
     mask = lesion_mask(folder, file)
     for x, y, width, height in boxes.get(file, []):
@@ -87,7 +88,7 @@ def add_chosen(values, choice):
     extra = {(name, ''): values[method, choice['layer']] for name, method in names.items() if method in values}
     return pd.concat([values, pd.concat(extra, axis=1, names=values.columns.names)], axis=1)
 
-def run_fold(fold, films, lesion, recipe, n_films, threads, seed):
+def run_fold(fold, films, lesion, recipe, flip, n_films, threads, seed):
     "Train on the other folds; scores and measures of this one, and what was chosen."
     torch.set_num_threads(threads)
     plain_progress()
@@ -95,7 +96,8 @@ def run_fold(fold, films, lesion, recipe, n_films, threads, seed):
     if n_films: other &= films.index.isin(films[other].sample(frac=1, random_state=seed).index[:n_films])
     here = films[other | (films.fold == fold)]
     table = here[['file', 'label']].assign(fold=(here.fold == fold).astype(int), file=here.file.astype(str))
-    learn = train_learner(os.path.commonpath(films.file.tolist()), seed, data=dict(labels=table, fold=1), **recipe)
+    data = dict(labels=table, fold=1) | (dict(batch_tfms=[XrayTfm(), Flip()]) if flip else {})
+    learn = train_learner(os.path.commonpath(films.file.tolist()), seed, data=data, **recipe)
     positive = learn.dls.vocab[-1]
     df = predictions(learn)
     trained = round(time.monotonic()-start)
@@ -140,7 +142,8 @@ def localized(values, patient, found):
 def run_folds(args, films, lesion, recipe, n_films=None):
     "What `run_fold` says of each fold."
     threads = max(1, (os.cpu_count() or 1)//args.jobs)
-    one = partial(run_fold, films=films, lesion=lesion, recipe=recipe, n_films=n_films, threads=threads, seed=args.seed)
+    one = partial(run_fold, films=films, lesion=lesion, recipe=recipe, flip=args.flip, n_films=n_films,
+        threads=threads, seed=args.seed)
     if args.jobs == 1: return [one(fold) for fold in range(args.folds)]
     with ProcessPoolExecutor(args.jobs, get_context('spawn')) as pool: return list(pool.map(one, range(args.folds)))
 
@@ -152,12 +155,12 @@ def show(rows, index, columns):
 
 def main(args):
     start = time.monotonic()
-    folders = [Path(o).resolve() for o in args.folders]
+    folders = [Path(os.path.abspath(o)) for o in args.folders]
     films = films_of(folders, args.folds, args.seed)
     lesion = partial(mask_of, folders=folders, boxes=boxes_of(folders, args.boxes))
     recipe = dict(pretrained=args.pretrained) if args.pretrained else {}
     recipe |= json.loads(args.recipe)
-    res = dict(films=len(films), patients=films.patient.nunique(), seed=args.seed, recipe=recipe)
+    res = dict(films=len(films), patients=films.patient.nunique(), seed=args.seed, recipe=recipe, flip=args.flip)
     for n in args.films:
         for fold in run_folds(args, films, lesion, recipe, n): films.loc[films.file.isin(fold['scores']), 'score'] = films.file.map(fold['scores'])
         res.setdefault('learning_curve', []).append(dict(trained_on=n, **auc(films)))
@@ -188,6 +191,7 @@ if __name__ == '__main__':
     p.add_argument('folders', nargs='+')
     p.add_argument('--pretrained', help='file of weights; without it, as `default_recipe` has it')
     p.add_argument('--recipe', default='{}', help='JSON: other arguments for train_learner')
+    p.add_argument('--flip', action='store_true', help='train on mirror images too, and always on augmented ones')
     p.add_argument('--boxes', nargs='*', default=[], help='further tables of boxes in FOLDER')
     p.add_argument('--films', nargs='*', type=int, default=[], help='also train on so many films only')
     p.add_argument('--folds', type=int, default=5)
