@@ -169,13 +169,14 @@ def _given(recipe): return {k: v for k, v in recipe.items() if v is not None} # 
 
 # %% ../nbs/api/37_cli.ipynb #d158c8bf
 _LAYER = ("Layer, by name or by number among the network's children, -6 say; "
-    'by default one with at least 16 x 16 positions.')
+    'by default, without --method too, the one that showed lesions best in training.')
 
 def _layer(text): return int(text) if text.lstrip('-').isdigit() else text
 
 _maps = _options(
-    click.option('--method', default='gradcam', show_default=True,
-        help='How: layercam, scorecam, occlusion ...; a wrong name lists all.'),
+    click.option('--method',
+        help='How: gradcam, layercam, occlusion ...; a wrong name lists all. By default, without --layer too, what '
+            'showed lesions best in training; else gradcam.'),
     click.option('--smooth', help='noise or tta: the mean map of noisy copies, or of mirror images and brightness.'),
     click.option('--layer', metavar='LAYER', type=_layer, help=_LAYER))
 
@@ -244,6 +245,7 @@ def train(folder, labels, by, seed, checkpoint, resume, out, force, **recipe):
     with _output(out, force) as part:
         plain_progress()
         from dicomcam.batches import split_counts
+        from dicomcam.choice import choose_layer
         from dicomcam.labels import positive_classes
         from dicomcam.models import save_model
         from dicomcam.results import evaluate, predictions
@@ -253,6 +255,8 @@ def train(folder, labels, by, seed, checkpoint, resume, out, force, **recipe):
         learn = train_learner(folder, seed, checkpoint=checkpoint, resume=resume,
             data=dict(labels=labels, by=_keyword(by)), **r)
         for line in split_counts(learn.dls).to_string().splitlines(): _tell(line)
+        choice = choose_layer(learn, folder)
+        _tell(f'Heatmaps: {choice["method"]} of layer {choice["layer"]}; {choice["reason"]}')
         save_model(learn, part)
         df = predictions(learn)
         for cls in positive_classes(learn.dls.vocab, learn.dls.setup.multi):
@@ -265,10 +269,12 @@ def _engine(model, method, smooth, layer, cls):
     "Classes of the model in a file, what explains files by it, and the layer's name. Raises ValueError."
     import torch
     from dicomcam.attribution import attribute, attribution
+    from dicomcam.choice import shown_by
     from dicomcam.layers import fine_stage
     from dicomcam.models import load_model
-    learn, layered = load_model(model), attribution(method).layered
-    layers = fine_stage(learn) if layer is None and layered else layer
+    learn = load_model(model)
+    method, layer = shown_by(learn, method, layer)
+    layers = fine_stage(learn) if layer is None and attribution(method).layered else layer
     maps = partial(attribute, learn, layers=layers, method=method, smooth=smooth)
     size = learn.dls.setup.size
     shown, = maps(torch.zeros(1, 1, size, size), classes=cls).layers

@@ -11,6 +11,7 @@ __all__ = ['run_demo']
 import json, math, time
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from .files import plain_progress, whole
@@ -32,34 +33,45 @@ def _json_value(o):
     return None if isinstance(o, float) and not math.isfinite(o) else o
 
 # %% ../nbs/api/36_demo.ipynb #e359c097
-def _draw(h, files, masks, out):
+def _draw(h, names, masks, out):
     "A picture of each image in the folder `out`."
     from matplotlib import pyplot as plt
-    from dicomcam.folder import result_names
-    for i, (name, mask) in enumerate(zip(result_names(files), masks)):
+    for i, (name, mask) in enumerate(zip(names, masks)):
         path = out/f'{name}.png'
         path.parent.mkdir(parents=True, exist_ok=True)
         fig = h.show(i, mask=mask)
         fig.savefig(path, dpi=80)
         plt.close(fig)
 
-def _heatmaps(learn, df, data, out):
-    "Grad-CAM of every validation image, a PNG each; the pointing game on the lesions that were found, if any is known."
+def _pointing(learn, files, has_lesion, data, out):
+    "Draw the heatmaps of all files, batch by batch; the pointing game's values of each lesion that was found."
+    from dicomcam.choice import training_prior
     from dicomcam.data import lesion_mask
+    from dicomcam.folder import result_names
     from dicomcam.gradcam import gradcam
-    from dicomcam.layers import fine_stage
-    from dicomcam.localize import pointing_game
+    from dicomcam.localize import measured
+    positive, prior, values = learn.dls.vocab[-1], training_prior(learn, data), []
+    rows = zip(files, result_names(files), has_lesion)
+    for h in gradcam(learn, files, None, learn.choice['layer'], learn.choice['method'], batches=True):
+        films, names, ill = zip(*islice(rows, len(h)))
+        masks = [lesion_mask(data, o) for o in films]
+        _draw(h, names, masks, out)
+        found = [ill[i] and h.cls(i) == h.cls(i, positive) for i in range(len(h))]
+        masks = [mask if ok else None for mask, ok in zip(masks, found)]
+        if any(o is not None for o in masks):
+            values.append(measured(h, masks, positive, measures=('pointing',), prior=prior))
+    return values
+
+def _heatmaps(learn, df, data, out):
+    "A heatmap of every validation image, a PNG each; the pointing game on the lesions found, if any is known."
+    from pandas import concat
+    from dicomcam.localize import mean_measures
     from dicomcam.results import positive_scores
-    files, positive = df.file.tolist(), learn.dls.vocab[-1]
-    h = gradcam(learn, files, layers=fine_stage(learn))
-    masks = [lesion_mask(data, o) for o in files]
-    _draw(h, files, masks, out)
-    _, has_lesion, _ = positive_scores(df, positive=positive)
-    found = [has_lesion[i] and h.cls(i) == h.cls(i, positive) for i in range(len(files))]
-    masks = [mask if ok else None for mask, ok in zip(masks, found)]
-    about = dict(layer=h.layers[0], method=h.method, images=len(files))
-    if all(o is None for o in masks): return about
-    game = pointing_game(h, masks, positive)
+    _, has_lesion, _ = positive_scores(df, positive=learn.dls.vocab[-1])
+    values = _pointing(learn, df.file.tolist(), has_lesion, data, out)
+    about = dict(learn.choice, images=len(df))
+    if not values: return about
+    game = mean_measures(concat(values)).droplevel(['layer', 'measure'])
     columns = game.rename(columns=dict(mean='value'))[['value', 'low', 'high', 'n']]
     return about | dict(pointing_game=columns.to_dict('index'))
 
@@ -78,6 +90,7 @@ def _training(recipe):
 # %% ../nbs/api/36_demo.ipynb #642088fc
 def _results(data, files, out, seed, by, phi, recipe, seconds):
     "Do all there is to do with the folder `data`, write it to the folder `out`; what `metrics.json` is to hold of it."
+    from dicomcam.choice import choose_layer
     from dicomcam.models import save_model
     from dicomcam.report import report
     from dicomcam.results import evaluate, predictions
@@ -87,6 +100,7 @@ def _results(data, files, out, seed, by, phi, recipe, seconds):
     step = partial(_step, seconds)
     with step('summary', f'Reading {len(files)} files ...'): write_csv(summarize(files, phi=phi), out/'summary.csv')
     with step('train', _training(recipe)): learn = train_learner(data, seed, data=dict(by=by), **recipe)
+    with step('choice', 'Choosing what to look at ...'): choose_layer(learn, data)
     save_model(learn, out/'model.safetensors')
     with step('evaluate', 'Evaluating ...'):
         df = predictions(learn)

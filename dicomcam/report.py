@@ -28,7 +28,8 @@ from .batches import split_counts
 from .results import class_scores, evaluate, positive_scores, prediction_classes, predictions
 from .subgroups import subgroups
 from .plots import plot_calibration, plot_confusion, plot_pr, plot_roc, plot_scores, plot_subgroups
-from .layers import first_fine, last_stages
+from .choice import chosen, late_stages, shown_by
+from .layers import first_fine
 from .heatmaps import read_mask
 from .explain import Classifier
 from .gradcam import gradcam
@@ -132,11 +133,6 @@ def _pick_cases(df, n, phi):
     return pd.concat([worst, others]).sort_index(), f'{n} of {len(df)} images: {drawn} drawn at random.{says}'
 
 # %% ../nbs/api/34_report.ipynb #rep0000c
-def _stages(learn, file):
-    "Names of the last three convolutional stages."
-    last, = gradcam(learn, file, learn.dls.vocab[0]).layers
-    return last_stages(Classifier(learn).model, last)
-
 def _layer_names(h):
     "Layers with the size of their maps, as the reader chooses between them."
     return [f'{name} ({raw.shape[-2]} × {raw.shape[-1]})' for name, raw in zip(h.layers, h.raw)]
@@ -165,12 +161,12 @@ def _case(h, i, row, vocab, shown, mask, phi, side):
         who=f'{row.file.name}, patient {row.patient}' if phi else '')
 
 # %% ../nbs/api/34_report.ipynb #rep0000f
-def _about_cases(heatmaps, cases, vocab, shown, path, phi, side):
+def _about_cases(heatmaps, cases, vocab, shown, path, phi, side, layer=None):
     "For the template: the gallery of all `heatmaps`, batch by batch, and the choices above it."
     rows, done, names, first = cases.iterrows(), [], [], None
     for h in heatmaps:
         names = _layer_names(h)
-        first = first_fine(names, [min(raw.shape[-2:]) for raw in h.raw])
+        first = names[h.layer(layer)] if layer else first_fine(names, [min(raw.shape[-2:]) for raw in h.raw])
         for i, (_, row) in zip(range(len(h)), rows):
             mask = lesion_mask(path, row.file) if path else None
             done.append(dict(no=len(done)+1) | _case(h, i, row, vocab, shown, mask, phi, side))
@@ -191,7 +187,7 @@ def report(
     items=None,                # As for `predictions`: a table as of `label_table`, paths, ...; None: the validation set
     fn:str|Path='report.html', # Where to
     layers=None,               # Layers to choose from, as for `gradcam`; None: the last three stages
-    method:str='gradcam',      # A name in `ATTRIBUTIONS`
+    method:str|None=None,      # A name in `ATTRIBUTIONS`; None: without `layers` too as `chosen`, else 'gradcam'
     positive:str|None=None,    # Class that counts as positive; None: the last of two, each of more
     threshold=0.5,             # As for `evaluate`
     n:int=50,                  # Most cases in the gallery
@@ -204,6 +200,8 @@ def report(
 ) -> Path:                     # `fn`
     """One HTML file that needs nothing else: data, split, metrics with intervals, subgroups with warnings, and a
     gallery of cases with heatmaps. Written whole or not at all. Raises ValueError as `evaluate` and `attribute` do."""
+    choice = chosen(learn) if method is None and layers is None else None
+    method, _ = shown_by(learn, method, layers)
     layered = attribution(method).layered
     df = predictions(learn, items, progress)
     vocab = prediction_classes(df)
@@ -211,15 +209,18 @@ def report(
     shown = positives[0] if len(positives) == 1 else None # the class of which maps and scores are shown first
     labelled = df.label.notna().all()
     results = [_result(df, cls, threshold, vocab) for cls in positives] if labelled else []
-    picked, chosen = _pick_cases(df, n, phi)
+    picked, chosen_cases = _pick_cases(df, n, phi)
     cases = picked[['file', 'label', 'patient', 'loss']].assign(scores=class_scores(picked).to_dict('records'),
         predicted=_predicted(df, vocab, results))
     files = picked.file.tolist()
-    if layers is None and layered: layers = _stages(learn, files[0])
+    if layers is None and layered: layers = late_stages(learn, 3)
+    if choice:
+        layers = list(dict.fromkeys([*layers, choice['layer']]))
+        chosen_cases += f" Heatmaps by {method}, first of layer {choice['layer']}; {choice['reason']}."
     heatmaps = attribute(learn, files, vocab, layers, method, smooth, batches=True)
     table = learn.dls.setup.table if items is None else df
     html = _render(title=title or 'Report of an X-ray classifier', method=method, vocab=vocab, phi=phi, side=side,
-        chosen=chosen, **_about_data(learn, df, items), **_about_results(df, table, vocab, results),
-        **_about_cases(heatmaps, cases, vocab, shown, path, phi, side))
+        chosen=chosen_cases, **_about_data(learn, df, items), **_about_results(df, table, vocab, results),
+        **_about_cases(heatmaps, cases, vocab, shown, path, phi, side, choice and choice['layer']))
     with whole(fn) as part: part.write_text(html, encoding='utf-8')
     return Path(fn)
