@@ -26,7 +26,7 @@ from dicomcam.files import plain_progress
 from dicomcam.gradcam import gradcam
 from dicomcam.intervals import interval, mean_interval, paired_difference, patient_resamples, roc_area, roc_counts
 from dicomcam.labels import label_table
-from dicomcam.localize import measured
+from dicomcam.localize import measures_by_image
 from dicomcam.read import read_dicom
 from dicomcam.results import class_scores, predictions
 from dicomcam.tables import read_table
@@ -76,8 +76,8 @@ def maps_of(learn, files, masks, positive, layers, prior):
     for start in range(0, len(files), 8): # maps of 1024 x 1024 are large
         part, drawn = files[start:start+8], masks[start:start+8]
         hs = [o for method in CANDIDATES for o in weighted(gradcam(learn, part, positive, layers, method), prior)]
-        exact = measured(hs, drawn, positive, grow=0, measures=MEASURES, prior=prior)
-        near = measured(hs, drawn, positive, measures=['pointing'], prior=prior)
+        exact = measures_by_image(hs, drawn, positive, grow=0, measures=MEASURES, prior=prior)
+        near = measures_by_image(hs, drawn, positive, measures=['pointing'], prior=prior)
         near.columns = near.columns.set_levels(['pointing_3%'], level='measure')
         values.append(pd.concat([exact, near], axis=1).set_axis(part))
     return pd.concat(values)

@@ -255,8 +255,7 @@ def train(folder, labels, by, seed, checkpoint, resume, out, force, **recipe):
         learn = train_learner(folder, seed, checkpoint=checkpoint, resume=resume,
             data=dict(labels=labels, by=_keyword(by)), **r)
         for line in split_counts(learn.dls).to_string().splitlines(): _tell(line)
-        choice = choose_layer(learn, folder)
-        _tell(f'Heatmaps: {choice["method"]} of layer {choice["layer"]}; {choice["reason"]}')
+        _tell('Heatmaps: {method} of layer {layer}; {reason}'.format(**choose_layer(learn, folder)))
         save_model(learn, part)
         df = predictions(learn)
         for cls in positive_classes(learn.dls.vocab, learn.dls.setup.multi):

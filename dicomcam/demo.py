@@ -49,7 +49,7 @@ def _pointing(learn, files, has_lesion, data, out):
     from dicomcam.data import lesion_mask
     from dicomcam.folder import result_names
     from dicomcam.gradcam import gradcam
-    from dicomcam.localize import measured
+    from dicomcam.localize import measures_by_image
     positive, prior, values = learn.dls.vocab[-1], training_prior(learn, data), []
     rows = zip(files, result_names(files), has_lesion)
     for h in gradcam(learn, files, None, learn.choice['layer'], learn.choice['method'], batches=True):
@@ -59,19 +59,19 @@ def _pointing(learn, files, has_lesion, data, out):
         found = [ill[i] and h.cls(i) == h.cls(i, positive) for i in range(len(h))]
         masks = [mask if ok else None for mask, ok in zip(masks, found)]
         if any(o is not None for o in masks):
-            values.append(measured(h, masks, positive, measures=('pointing',), prior=prior))
+            values.append(measures_by_image(h, masks, positive, measures=('pointing',), prior=prior))
     return values
 
 def _heatmaps(learn, df, data, out):
     "A heatmap of every validation image, a PNG each; the pointing game on the lesions found, if any is known."
     from pandas import concat
-    from dicomcam.localize import mean_measures
+    from dicomcam.localize import mean_of_measures
     from dicomcam.results import positive_scores
     _, has_lesion, _ = positive_scores(df, positive=learn.dls.vocab[-1])
     values = _pointing(learn, df.file.tolist(), has_lesion, data, out)
     about = dict(learn.choice, images=len(df))
     if not values: return about
-    game = mean_measures(concat(values)).droplevel(['layer', 'measure'])
+    game = mean_of_measures(concat(values)).droplevel(['layer', 'measure'])
     columns = game.rename(columns=dict(mean='value'))[['value', 'low', 'high', 'n']]
     return about | dict(pointing_game=columns.to_dict('index'))
 
