@@ -31,7 +31,6 @@ from .plots import plot_calibration, plot_confusion, plot_pr, plot_roc, plot_sco
 from .choice import chosen, late_stages, shown_by
 from .layers import first_fine
 from .heatmaps import read_mask
-from .gradcam import gradcam
 from .attribution import attribute, attribution
 from .pictures import heat_uri, outline_path, photo_uri, plot_uri
 
