@@ -6,7 +6,8 @@
 FOLDER holds DICOM files and labels.csv, and knows lesions by `masks/`, boxes.csv or the challenge's own masks of SIIM_SMALL
 (`lesion_mask`); all folders together are split into five folds by patient. Each fold's network is trained by `train_learner` on the
 other four. Everything is out of fold: a film's score, its heatmaps, the prior (lesions of the training side), and the layer and method
-that are chosen for it (by lesions of the training side). In Colab: `path = siim_small()`, then this script on that folder."""
+that are chosen for it: "chosen" by lesions that its network was trained on (`choose_layer`), "cross-validated" by
+those of the other folds on out-of-fold maps. In Colab: `path = siim_small()`, then this script on that folder."""
 import argparse, json, os, sys, time, warnings
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -124,6 +125,24 @@ def share(values, group):
     mean, low, high = mean_interval(values.to_numpy(), group=group)
     return dict(value=float(mean), low=float(low), high=float(high), n=len(values))
 
+def best_elsewhere(values, maps, measure):
+    "Map and layer that score best on these films, ties by mass."
+    means = values.loc[:, [o for o in values.columns if o[0] in maps]].mean().unstack('measure')
+    return means.sort_values([measure, 'mass'], ascending=False).index[0]
+
+def add_cross_validated(values, fold, found):
+    """For the films of each fold the map and layer that scored best on the found lesions of the other folds, whose maps are out of fold
+    too: by pointing, and weighted with the prior by pixel AUPRC. A fold's own lesions have no say. Also what was taken in each fold."""
+    columns, taken = [], []
+    for name, measure in {'': 'pointing', ' x prior': 'auprc'}.items():
+        maps, parts = [f'{o}{name}' for o in CANDIDATES], []
+        for k in sorted(fold.unique()):
+            best = best_elsewhere(values[(fold != k) & found], maps, measure)
+            parts.append(values.loc[fold == k, best])
+            taken.append(dict(fold=int(k), map=best[0], layer=best[1], by=measure))
+        columns.append(pd.concat({(f'cross-validated{name}', ''): pd.concat(parts)}, axis=1, names=values.columns.names))
+    return pd.concat([values, *columns], axis=1), taken
+
 def localized(values, patient, found):
     "All maps and measures, on all lesions and on the found; what is compared pair by pair."
     sets = dict(all=values.index, found=values.index[found])
@@ -131,10 +150,10 @@ def localized(values, patient, found):
     for name, files in sets.items():
         part, group = values.loc[files], patient[files].to_numpy()
         table += [dict(films=name, map=m, layer=layer, measure=what, **share(part[m, layer, what], group)) for m, layer, what in part]
-        for a in 'chosen', 'chosen x prior':
+        for a in ('chosen', 'chosen x prior', 'cross-validated', 'cross-validated x prior'):
             for b in 'prior', 'centre', 'edges', 'noise':
                 if not {a, b} <= set(part.columns.get_level_values('map')): continue
-                for what in part['chosen', ''].columns:
+                for what in part[a, ''].columns:
                     difference = paired_difference(part[a, '', what].to_numpy(), part[b, '', what].to_numpy(), group)
                     pairs.append(dict(films=name, map=a, less=b, measure=what, **difference))
     return pd.DataFrame(table), pd.DataFrame(pairs)
@@ -176,8 +195,12 @@ def main(args):
     if values:
         values = pd.concat(values)
         known = films.set_index('file').loc[values.index]
-        table, pairs = localized(values, known.patient, (known.score >= .5).to_numpy())
-        res |= dict(localization=table.to_dict('records'), differences=pairs.to_dict('records'))
+        found = known.score >= .5
+        values, taken = add_cross_validated(values, known.fold, found)
+        if args.values: values.to_pickle(args.values)
+        print(pd.DataFrame(taken).to_string(index=False))
+        table, pairs = localized(values, known.patient, found.to_numpy())
+        res |= dict(cross_validated=taken, localization=table.to_dict('records'), differences=pairs.to_dict('records'))
         for name in 'all', 'found':
             print(f'\nlesions: {name}, {table[table.films == name].n.iloc[0]} films')
             show(table[table.films == name], ['map', 'layer'], 'measure')
@@ -197,5 +220,6 @@ if __name__ == '__main__':
     p.add_argument('--folds', type=int, default=5)
     p.add_argument('--seed', type=int, default=42)
     p.add_argument('--jobs', type=int, default=1, help='folds at a time')
+    p.add_argument('--values', help='pickle to write: measures of each film')
     p.add_argument('--out', help='JSON file to write')
     main(p.parse_args())
