@@ -32,7 +32,7 @@ from .files import cache_folder, private_folder
 # %% ../nbs/api/20_training.ipynb #ffcea08f
 _WEIGHTS_OF = 'tf_efficientnet_lite0'
 _PRETRAINED = dict(arch=_WEIGHTS_OF, size=224, bs=16, epochs=6, lr=1e-3, schedule='one_cycle', opt_func='adamw', wd=.01,
-    kept=4, augment=False, smoothing=0.)
+    kept=4, smoothing=0.)
 
 def default_recipe(
     pretrained=None, # True: downloaded weights. A file: its. False: random. None: downloaded, if they can be had

@@ -319,7 +319,7 @@ def test_another_recipe_does_not_go_on(folder, tmp_path, tiny_pace):
     for name in 'w', 'other': (tmp_path/name).write_text(name)
     args = dict(RECIPE, schedule='fine_tune', frozen=2, pretrained=tmp_path/'w', checkpoint=tmp_path/'state.pt')
     train_learner(folder, **args)
-    for change in dict(schedule='one_cycle'), dict(ratio=3.), dict(frozen=1), dict(wd=.1), dict(kept=4), dict(augment=False), dict(pretrained=tmp_path/'other'), dict(pretrained=False):
+    for change in dict(schedule='one_cycle'), dict(ratio=3.), dict(frozen=1), dict(wd=.1), dict(kept=8), dict(augment=False), dict(pretrained=tmp_path/'other'), dict(pretrained=False):
         key = dict(augment='augmentation').get(next(iter(change)), next(iter(change)))
         with pytest.raises(ValueError, match=f'a checkpoint of .*{key}') as e: train_learner(folder, resume=True, **{**args, **change})
         one_line(e)
