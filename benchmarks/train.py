@@ -121,7 +121,7 @@ def mean_auc_interval(truth, scores, fold, patients, n=1000):
     return np.quantile([mean_auc(np.concatenate([own[i] for i in o])) for o in drawn], [.025, .975])
 
 def quality(args):
-    (table, df), recipe, rows = folds(args.folder), default_recipe(), {}
+    (table, df), recipe, rows = folds(args.folder), default_recipe(pretrained=False), {}
     truth = has_class(table.label, sorted(table.label.unique())[1]).to_numpy()
     for name, fit in ('dicomcam', our_fit), ('tutorial', tutorial_fit):
         start, scores, aucs = time.perf_counter(), np.zeros(len(table)), []
@@ -139,7 +139,7 @@ def quality(args):
 
 def on_phantom(args):
     train, test = (phantom(seed=seed) for seed in args.seeds)
-    learn, table = train_learner(train, args.seeds[0]), label_table(test)
+    learn, table = train_learner(train, args.seeds[0], pretrained=False), label_table(test)
     with learn.no_bar(): probs, _ = learn.get_preds(dl=learn.dls.test_dl(table.file.tolist()))
     auc = roc_auc_score(has_class(table.label, learn.dls.vocab[1]), probs[:, 1].numpy())
     print(json.dumps(dict(trained_on=args.seeds[0], tested_on=args.seeds[1], images=len(table), auc=round(auc, 4))))

@@ -109,9 +109,9 @@ def _inputs():
     "What the command that runs reads, --force or not."
     context = click.get_current_context(silent=True)
     given = context.params if context else {}
-    named = [*(given.get(o) for o in ('model', 'named', 'folder', 'data')), *given.get('files', ())]
+    named = [*(given.get(o) for o in ('model', 'named', 'folder', 'data', 'pretrained')), *given.get('files', ())]
     labels = Path(given.get('folder') or '')/(given.get('labels') or '')
-    return {Path(o).expanduser().resolve() for o in (*named, labels) if o}
+    return {Path(o).expanduser().resolve() for o in (*named, labels) if o and o is not True}
 
 def _too_late():
     "From here on the command is not to be stopped any more."
@@ -158,7 +158,12 @@ def _by(default, text):
 
 def _keyword(by): return None if by == 'none' else by
 
+def _weights(context, option, text): return dict(none=False, auto=True).get(text, text)
+
 _recipe = _options(
+    click.option('--pretrained', is_flag=False, flag_value='auto', metavar='[FILE]', callback=_weights,
+        help='Start from weights that were trained before: downloaded, or those of FILE; none: from random weights. By '
+        'default downloaded where they can be had, if no --arch is named.'),
     click.option('--arch', help='Network, xresnet18 say, or one of timm; by default chosen for this machine.'),
     click.option('--size', type=click.IntRange(64), help='Side of the images that the network sees, pixels.'),
     click.option('--epochs', type=click.IntRange(1), help='Passes over the training images.'),
@@ -249,12 +254,14 @@ def train(folder, labels, by, seed, checkpoint, resume, out, force, **recipe):
         from dicomcam.labels import positive_classes
         from dicomcam.models import save_model
         from dicomcam.results import evaluate, predictions
-        from dicomcam.training import default_recipe, train_learner
-        r = {**default_recipe(), **_given(recipe)}
-        _tell(f'Training {r["arch"]} at {r["size"]} pixels for {r["epochs"]} epochs ...')
+        from dicomcam.training import few_films, full_recipe, train_learner
+        r = full_recipe(**_given(recipe))
+        start = 'pretrained' if r.get('pretrained') else 'random'
+        _tell(f'Training {r["arch"]} at {r["size"]} pixels for {r["epochs"]} epochs, from {start} weights ...')
         learn = train_learner(folder, seed, checkpoint=checkpoint, resume=resume,
             data=dict(labels=labels, by=_keyword(by)), **r)
         for line in split_counts(learn.dls).to_string().splitlines(): _tell(line)
+        if few := few_films(learn.dls): _tell(few)
         _tell('Heatmaps: {method} of layer {layer}; {reason}'.format(**choose_layer(learn, folder)))
         save_model(learn, part)
         df = predictions(learn)

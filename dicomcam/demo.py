@@ -84,7 +84,9 @@ def _counts(dls):
 
 def _training(recipe):
     "What a person reads while the network is trained."
-    why = '' if recipe['arch'] == 'xresnet50' else ' (no CUDA GPU here, where xresnet50 at 400 pixels would be trained)'
+    why = ' (no CUDA GPU here, where xresnet50 at 400 pixels would be trained)'
+    if recipe.get('pretrained'): why = ' from pretrained weights'
+    elif recipe['arch'] == 'xresnet50': why = ''
     return f'Training {recipe["arch"]} at {recipe["size"]} pixels for {recipe["epochs"]} epochs{why} ...'
 
 # %% ../nbs/api/36_demo.ipynb #642088fc
@@ -109,7 +111,8 @@ def _results(data, files, out, seed, by, phi, recipe, seconds):
     with step('report', 'Writing the report ...'):
         report(learn, fn=out/'report.html', path=data, title='dicomcam demo', phi=phi)
     if 'pointing_game' in heat: results['pointing_game'] = heat['pointing_game'][heat['method']]['value']
-    return dict(recipe={**recipe, 'bs': learn.dls.bs}, split=_counts(learn.dls), heatmaps=heat, **results)
+    recipe = {**recipe, 'bs': learn.dls.bs, 'pretrained': bool(recipe.get('pretrained'))} # no file is named
+    return dict(recipe=recipe, split=_counts(learn.dls), heatmaps=heat, **results)
 
 # %% ../nbs/api/36_demo.ipynb #1e80813c
 def run_demo(
@@ -128,15 +131,16 @@ def run_demo(
     if Path(out).is_file(): raise NotADirectoryError(f'{out}: is a file. Name a folder for the results.')
     plain_progress()
     seconds, start = {}, time.monotonic()
+    if data == 'phantom': recipe = {'pretrained': False, **recipe} # it is learnt as well from nothing
     named = phi or data in ('phantom', 'siim') # these are no secret
     with _step(seconds, 'data', 'Getting the X-rays ...'):
         data = phantom(seed=seed) if data == 'phantom' else get_data(data)
     from dicomcam.labels import label_table
-    from dicomcam.training import default_recipe
+    from dicomcam.training import full_recipe
     files = label_table(data, by=None).file.tolist()
     with whole(out) as part:
         part.mkdir()
-        results = _results(data, files, part, seed, by, phi, {**default_recipe(), **recipe}, seconds)
+        results = _results(data, files, part, seed, by, phi, full_recipe(**recipe), seconds)
         seconds['total'] = round(time.monotonic()-start, 1)
         metrics = dict(data=data.name if named else 'a folder', seed=seed, seconds=seconds, **results)
         text = json.dumps(_json_value(metrics), indent=2, allow_nan=False)

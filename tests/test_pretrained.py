@@ -1,18 +1,20 @@
 """Networks that were trained before: their weights untouched, what they want to see done once and kept in the model file, and nothing
 downloaded that was not asked for."""
-import json, os, socket
+import json, os, shutil, socket
 from pathlib import Path
 
-import numpy as np, pytest, torch
+import numpy as np, pandas as pd, pytest, torch
+from fastai.callback.core import Callback
+from fastai.optimizer import Adam
 from fastai.torch_core import set_seed
 from fastai.vision.models.xresnet import xresnet50
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dicomcam.gradcam import gradcam
-from dicomcam.networks import Network, two_groups, build_model
-from dicomcam.train import dicom_dls, dicom_learner, load_model, save_model
-from dicomcam.weights import read_weights
+from dicomcam.networks import Network, build_model, two_groups, reachable
+from dicomcam.train import default_recipe, dicom_dls, dicom_learner, few_films, full_recipe, load_model, save_model, train_learner
+from tiny import make_tiny
 
 LITE = 'tf_efficientnet_lite0'
 
@@ -256,3 +258,160 @@ def test_offline_is_said_at_once(timm, dls, monkeypatch):
     with pytest.raises(ConnectionError) as e: dicom_learner(dls, LITE, pretrained=True)
     one_line(e, 'no way', 'pretrained=FILE', 'pretrained=False')
     assert asked == [3]
+
+# --- training ---
+
+def test_which_recipe(monkeypatch):
+    "What a person names is kept; an architecture alone begins with random weights; nobody asks the network without need"
+    def no(name): pytest.fail('asked')
+    monkeypatch.setattr('dicomcam.training.reachable', no)
+    assert full_recipe(arch='resnet18')['arch'] == 'resnet18' and 'pretrained' not in full_recipe(arch='resnet18')
+    assert full_recipe(pretrained=False) == {**default_recipe(False), 'pretrained': False}
+    assert full_recipe(pretrained='w.pth')['arch'] == LITE and full_recipe(pretrained='w.pth', arch='resnet18')['arch'] == 'resnet18'
+    monkeypatch.setattr('dicomcam.training.reachable', lambda name: True)
+    assert default_recipe() == default_recipe(True)
+    monkeypatch.setattr('dicomcam.training.reachable', lambda name: False)
+    with pytest.warns(UserWarning, match='No pretrained weights at hand.*--pretrained FILE') as said: assert default_recipe() == default_recipe(False)
+    assert len(said) == 1 and '\n' not in str(said[0].message)
+
+def test_reachable(monkeypatch):
+    "None without timm, none without a network, and no error"
+    monkeypatch.setattr('dicomcam.networks._check_reach', lambda name: None)
+    assert reachable('no such network') is False
+    def no(name): raise OSError('no network')
+    monkeypatch.setattr('dicomcam.networks._check_reach', no)
+    assert reachable(LITE) is False
+
+def tiny_in_groups(dls, *args, pretrained=None, **kw):
+    learn = make_tiny(dls)
+    learn.splitter, learn.opt_func = two_groups, Adam
+    return learn
+
+RECIPE = dict(arch='xresnet18', size=32, bs=8, epochs=3, lr=1e-2)
+PACES = dict(flat_cos=dict(schedule='flat_cos', ratio=10), one_cycle=dict(schedule='one_cycle'), fine_tune=dict(schedule='fine_tune', ratio=100, frozen=2))
+
+@pytest.fixture
+def tiny_pace(monkeypatch): monkeypatch.setattr('dicomcam.training.dicom_learner', tiny_in_groups)
+
+class Break(Callback):
+    def __init__(self, epoch): self.at = epoch
+    def before_batch(self):
+        if self.training and self.epoch == self.at and self.iter == 1: raise KeyboardInterrupt
+
+def same(a, b): return all(torch.equal(v, w) for v, w in zip(a.model.state_dict().values(), b.model.state_dict().values()))
+
+@pytest.mark.parametrize('pace', PACES)
+@pytest.mark.parametrize('epoch', [1, 2])
+def test_any_schedule_goes_on(folder, tmp_path, monkeypatch, tiny_pace, pace, epoch):
+    "To the last bit, before and after the body is thawed"
+    def broken(*args, **kw):
+        learn = tiny_in_groups(*args, **kw)
+        learn.add_cb(Break(epoch))
+        return learn
+    args = dict(RECIPE, checkpoint=tmp_path/'state.pt', **PACES[pace])
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr('dicomcam.training.dicom_learner', broken)
+        train_learner(folder, **args)
+    rest, unbroken = train_learner(folder, resume=True, **args), train_learner(folder, **RECIPE, **PACES[pace])
+    assert same(rest, unbroken) and rest.recorder.lrs == unbroken.recorder.lrs and rest.recorder.losses == unbroken.recorder.losses
+
+def test_another_recipe_does_not_go_on(folder, tmp_path, tiny_pace):
+    for name in 'w', 'other': (tmp_path/name).write_text(name)
+    args = dict(RECIPE, schedule='fine_tune', frozen=2, pretrained=tmp_path/'w', checkpoint=tmp_path/'state.pt')
+    train_learner(folder, **args)
+    for change in dict(schedule='one_cycle'), dict(ratio=3.), dict(frozen=1), dict(wd=.1), dict(kept=8), dict(augment=False), dict(pretrained=tmp_path/'other'), dict(pretrained=False):
+        key = dict(augment='augmentation').get(next(iter(change)), next(iter(change)))
+        with pytest.raises(ValueError, match=f'a checkpoint of .*{key}') as e: train_learner(folder, resume=True, **{**args, **change})
+        one_line(e)
+    (tmp_path/'w').rename(tmp_path/'moved') # the same weights elsewhere
+    train_learner(folder, resume=True, **{**args, 'pretrained': tmp_path/'moved'})
+
+def test_the_front_stays_as_it_is(timm, drawn_weights, folder):
+    "Weights and batch norms of the layers up to a stride of 4; the rest learns"
+    args = dict(arch=LITE, pretrained=drawn_weights, size=32, bs=8, epochs=1, lr=1e-2)
+    before = load_file(drawn_weights)
+    after = train_learner(folder, **args).model.state_dict()
+    changed = {name for name, w in after.items() if not name.startswith('classifier') and not torch.equal(w.cpu(), before[name])}
+    front = 'conv_stem', 'bn1', 'blocks.0.', 'blocks.1.'
+    assert changed and not any(name.startswith(front) for name in changed)
+    assert any(name.startswith('blocks.2.') and name.endswith('running_mean') for name in changed)
+    learn = train_learner(folder, fit=False, **{**args, 'kept': 0})
+    assert all(w.requires_grad for w in learn.model.parameters())
+
+def test_fine_tuning_is_fastais(folder, tiny_pace):
+    ours = train_learner(folder, **RECIPE, schedule='fine_tune', ratio=100, frozen=1)
+    theirs = train_learner(folder, fit=False, **RECIPE)
+    with theirs.no_bar(), theirs.no_logging(): theirs.fine_tune(2, RECIPE['lr'], freeze_epochs=1)
+    for a, b in zip(ours.model.state_dict().values(), theirs.model.state_dict().values()): assert torch.allclose(a, b, atol=1e-5)
+
+def test_only_the_head_learns_at_first(folder, tiny_pace):
+    start = train_learner(folder, fit=False, **RECIPE).model.state_dict()
+    frozen = {name: w.clone() for name, w in start.items()}
+    seen = []
+    class Look(Callback):
+        order = 99
+        def after_epoch(self): seen.append({name: torch.equal(w, frozen[name]) for name, w in self.model.state_dict().items()})
+    def watched(*args, **kw):
+        learn = tiny_in_groups(*args, **kw)
+        learn.add_cb(Look())
+        return learn
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr('dicomcam.training.dicom_learner', watched)
+        train_learner(folder, **RECIPE, schedule='fine_tune', ratio=100, frozen=2)
+    conv, head = '0.0.weight', '11.weight'
+    assert [o[conv] for o in seen] == [True, True, False] and not any(o[head] for o in seen)
+
+@pytest.mark.parametrize('pace, says', [(dict(schedule='x'), "No schedule 'x'; there are flat_cos"), (dict(schedule='fine_tune', frozen=3), 'frozen=3 of 3 epochs'),
+                                        (dict(ratio=0), 'ratio=0')])
+def test_paces_that_are_none(folder, tiny_pace, pace, says):
+    with pytest.raises(ValueError) as e: train_learner(folder, **RECIPE, **pace)
+    one_line(e, says)
+
+def test_an_optimizer_by_its_name(dls):
+    assert dicom_learner(dls, 'xresnet18', opt_func='adamw').opt_func is Adam
+    with pytest.raises(ValueError, match="No optimizer 'x'; there are ranger, adamw"): dicom_learner(dls, 'xresnet18', opt_func='x')
+
+def test_few_films(dls): assert few_films(dls).startswith(f'{len(dls.train_ds)} films to train on: below a few hundred')
+
+# --- commands ---
+
+def run(*args):
+    from click.testing import CliRunner
+    from dicomcam.cli import main
+    return CliRunner().invoke(main, [*map(str, args)])
+
+def test_what_train_takes_for_weights(folder, monkeypatch, tmp_path):
+    asked = []
+    def stop(*args, **kw): asked.append(kw.get('pretrained')); raise ValueError('enough')
+    monkeypatch.setattr('dicomcam.training.train_learner', stop)
+    out = ('--out', tmp_path/'m')
+    for args in ([folder, '--pretrained'], [folder, '--pretrained', 'w.pth'], [folder, '--pretrained', 'none'], ['--pretrained=w.pth', folder], [folder, '--arch', 'x']):
+        assert run('train', *args, *out).exit_code == 2
+    assert asked == [True, 'w.pth', False, 'w.pth', None]
+
+def test_train_does_not_write_over_its_weights(folder, drawn_weights):
+    before = drawn_weights.read_bytes()
+    r = run('train', folder, '--pretrained', drawn_weights, '--out', drawn_weights, '--force')
+    assert r.exit_code == 2 and 'is what the command reads' in r.output and drawn_weights.read_bytes() == before
+
+def trained_and_explained(folder, weights, tmp_path):
+    out = tmp_path/'m.safetensors'
+    args = 'train', folder, '--pretrained', weights, '--arch', LITE, '--size', 64, '--epochs', 1, '--bs', 8, '--out', out
+    r = run(*args, '--checkpoint', tmp_path/'state.pt')
+    assert r.exit_code == 0 and 'from pretrained weights' in r.output and 'films to train on' in r.output, r.output
+    again = run(*args[:-1], tmp_path/'again', '--checkpoint', tmp_path/'state.pt', '--resume')
+    assert again.exit_code == 0 and (tmp_path/'again').read_bytes() == out.read_bytes(), again.output
+    assert words(out)['inputs'] == dict(mean=[.5]*3, std=[.5]*3)
+    r = run('explain', out, *sorted(Path(folder).rglob('*.dcm'))[:3], '--out', tmp_path/'maps')
+    assert r.exit_code == 0 and (tmp_path/'maps/heatmaps.csv').is_file() and len([*(tmp_path/'maps').rglob('*.png')]) >= 3, r.output
+
+def test_train_and_explain(timm, drawn_weights, folder, tmp_path): trained_and_explained(folder, drawn_weights, tmp_path)
+
+def test_train_and_explain_real_films(timm, real_weights, xrays, tmp_path):
+    "Forty films, the real weights, the real commands"
+    table = pd.read_csv(xrays/'labels.csv').groupby('label').head(20)
+    for file in table.file:
+        (tmp_path/'films'/file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(xrays/file, tmp_path/'films'/file)
+    table.to_csv(tmp_path/'films/labels.csv', index=False)
+    trained_and_explained(tmp_path/'films', real_weights, tmp_path)
