@@ -23,7 +23,7 @@ from fastai.torch_core import no_random, set_seed
 
 from .labels import label_table
 from .batches import dicom_dls
-from .networks import bare_model, dicom_learner, reachable
+from .networks import bare_model, dicom_learner, can_download
 from .weights import spoilt_weight
 from .checkpoints import Checkpoint
 from .models import load_model, save_model
@@ -39,7 +39,7 @@ def default_recipe(
 ) -> dict: # arch, size, bs (None: what `fill_card` finds), epochs, lr, and more for `train_learner`
     """What to train. From pretrained weights timm's tf_efficientnet_lite0 at 224 px; from random ones xresnet50 at
     400 px where there is a CUDA GPU, xresnet18 at 144 px on a CPU."""
-    if pretrained is None and not (pretrained := reachable(_WEIGHTS_OF)):
+    if pretrained is None and not (pretrained := can_download(_WEIGHTS_OF)):
         warnings.warn(f'No pretrained weights at hand: timm or a network to get those of {_WEIGHTS_OF} is missing. '
             'Training begins with random ones, which on real films finds less. Name a file of them: pretrained=FILE, '
             'on the command line --pretrained FILE.', stacklevel=2)

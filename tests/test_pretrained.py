@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dicomcam.gradcam import gradcam
-from dicomcam.networks import Network, build_model, two_groups, reachable
+from dicomcam.networks import Network, build_model, two_groups, can_download
 from dicomcam.train import default_recipe, dicom_dls, dicom_learner, few_films, full_recipe, load_model, save_model, train_learner
 from tiny import make_tiny
 
@@ -264,23 +264,23 @@ def test_offline_is_said_at_once(timm, dls, monkeypatch):
 def test_which_recipe(monkeypatch):
     "What a person names is kept; an architecture alone begins with random weights; nobody asks the network without need"
     def no(name): pytest.fail('asked')
-    monkeypatch.setattr('dicomcam.training.reachable', no)
+    monkeypatch.setattr('dicomcam.training.can_download', no)
     assert full_recipe(arch='resnet18')['arch'] == 'resnet18' and 'pretrained' not in full_recipe(arch='resnet18')
     assert full_recipe(pretrained=False) == {**default_recipe(False), 'pretrained': False}
     assert full_recipe(pretrained='w.pth')['arch'] == LITE and full_recipe(pretrained='w.pth', arch='resnet18')['arch'] == 'resnet18'
-    monkeypatch.setattr('dicomcam.training.reachable', lambda name: True)
+    monkeypatch.setattr('dicomcam.training.can_download', lambda name: True)
     assert default_recipe() == default_recipe(True)
-    monkeypatch.setattr('dicomcam.training.reachable', lambda name: False)
+    monkeypatch.setattr('dicomcam.training.can_download', lambda name: False)
     with pytest.warns(UserWarning, match='No pretrained weights at hand.*--pretrained FILE') as said: assert default_recipe() == default_recipe(False)
     assert len(said) == 1 and '\n' not in str(said[0].message)
 
-def test_reachable(monkeypatch):
+def test_can_download(monkeypatch):
     "None without timm, none without a network, and no error"
     monkeypatch.setattr('dicomcam.networks._check_reach', lambda name: None)
-    assert reachable('no such network') is False
+    assert can_download('no such network') is False
     def no(name): raise OSError('no network')
     monkeypatch.setattr('dicomcam.networks._check_reach', no)
-    assert reachable(LITE) is False
+    assert can_download(LITE) is False
 
 def tiny_in_groups(dls, *args, pretrained=None, **kw):
     learn = make_tiny(dls)
