@@ -118,6 +118,7 @@ def _layer_scores(
     means = table.groupby(['layer', 'method'])[['pointing', 'mass']].mean()
     return means.sort_values(['pointing', 'mass'], ascending=False)
 
+# %% ../nbs/api/30b_choice.ipynb #58067408
 def choose_layer(
     learn:Learner,            # From `dicom_learner`
     path:str|Path|None=None,       # As for `training_lesions`

@@ -232,6 +232,7 @@ def _check_checkpoint(checkpoint, out, resume, force):
         raise FileExistsError(f'{checkpoint}: is there already. Go on from it with --resume, '
             'or pass --force to replace it.')
 
+# %% ../nbs/api/37_cli.ipynb #2e7cb800
 @main.command()
 @click.argument('folder')
 @_labels

@@ -47,6 +47,7 @@ def as_found(
     it was, in any case."""
     with _lock(model), _frozen(model): yield
 
+# %% ../nbs/api/27_explain.ipynb #725060cb
 def _modules(model):
     "As `model.modules()`, in another order: that one takes as long as a layer of a small network."
     seen, todo = {}, [model]

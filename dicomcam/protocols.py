@@ -171,6 +171,7 @@ def wang_localization(
     columns = ['accuracy', 'low', 'high', 'afp', 'boxes', 'films']
     return pd.DataFrame(rows, pd.Index(at, name=f'T({by})'), columns)
 
+# %% ../nbs/api/30d_protocols.ipynb #a983e929
 def wang(
     h:Heatmaps,             # Of all annotated films
     masks:list,             # A mask a film, whose regions' boxes count; None: none of this disease
