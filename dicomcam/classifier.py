@@ -225,8 +225,8 @@ class Classifier(_Named):
         probs, by_class = self.probs(scores), two_sided(scores)
         names = self.names(probs.shape[1])
         chosen = self.positions(classes, len(names))
-        explained = [(score_of or _gathered)(by_class, torch.full_like(probs[:, 0], o, dtype=int)) for o in chosen]
-        return Asked(explained, [names[o] for o in chosen], probs[:, chosen], names)
+        scored = [(score_of or _gathered)(by_class, torch.full_like(probs[:, 0], o, dtype=torch.long)) for o in chosen]
+        return Asked(scored, [names[o] for o in chosen], probs[:, chosen], names)
 
     def _columns(self, target, first, probs):
         "The position of each image's class."
