@@ -42,7 +42,11 @@ _OF_LOSS = {nn.CrossEntropyLoss: _softmax, F.cross_entropy: _softmax, nn.NLLLoss
     nn.BCEWithLogitsLoss: torch.sigmoid, F.binary_cross_entropy_with_logits: torch.sigmoid,
     nn.MultiLabelSoftMarginLoss: torch.sigmoid, nn.BCELoss: _same, F.binary_cross_entropy: _same}
 
-_OF_FUNCTION = dict(softmax=_same, sigmoid=_same, sigmoid_=_same, log_softmax=torch.exp, log_sigmoid=torch.exp)
+_OF_FUNCTION = dict(softmax=_same, sigmoid=_same, sigmoid_=_same, log_softmax=torch.exp, log_sigmoid=torch.exp,
+    special_expit=_same, hardsigmoid=_same, special_log_softmax=torch.exp, special_softmax=_same)
+
+_SAME_NUMBERS = {'clone', 'contiguous', 'to', 'type', 'float', 'double', 'half', 'bfloat16', 'clamp', 'clip', 'detach',
+    'cpu', 'cuda'} # functions that leave a probability one
 
 def _of_loss(loss):
     "From scores to probabilities, as the loss has it; None: it does not say."
@@ -58,7 +62,9 @@ class _Final(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **kwargs or {})
-        act = _OF_FUNCTION.get(getattr(func, '__name__', None))
+        name = getattr(func, '__name__', None)
+        act = _OF_FUNCTION.get(name)
+        if name in _SAME_NUMBERS and self.act(args[0]): act = self.of_result
         if act: self.result, self.of_result = result, act
         return result
 
@@ -112,6 +118,7 @@ class _Model:
         self.act = act or _of_loss(nested_attr(self.learn, 'loss_func'))
         self.output = output
         self.vocab = nested_attr(self.learn, 'dls.vocab')
+        self.targets:list|None = None # if there is one for each image
 
     @property
     def like(self) -> Tensor:
@@ -181,6 +188,11 @@ def _words(out):
 # %% ../nbs/api/26c_classifier.ipynb #7bfe71b4
 class _Named(_Scored):
     "The same, with the names of its classes."
+    def check_all_asked(self, n:int):
+        "Raise ValueError where there were more targets than the `n` images."
+        if self.targets is None or len(self.targets) == n: return
+        raise ValueError(f'{len(self.targets)} targets for {n} images: pass one class for each image.')
+
     def names(self, k:int) -> list:
         "Names of `k` classes: the vocabulary, if it is of that length, else numbers."
         return list(self.vocab) if self.vocab is not None and len(self.vocab) == k else list(range(k))
@@ -230,9 +242,9 @@ class Classifier(_Named):
 
     def _columns(self, target, first, probs):
         "The position of each image's class."
-        names, targets = self.names(probs.shape[1]), as_list(target)
-        of_batch = targets[first:first+len(probs)]
-        if len(of_batch) != len(probs): raise ValueError(f'{len(targets)} targets: pass one class for each image.')
+        names, self.targets = self.names(probs.shape[1]), as_list(target)
+        of_batch = self.targets[first:first+len(probs)]
+        if len(of_batch) != len(probs): raise ValueError(f'{len(self.targets)} targets: pass one class for each image.')
         return torch.tensor([find_class(o, names) for o in of_batch], device=probs.device)
 
     def _number(self, out, n, target):

@@ -32,12 +32,7 @@ from .classifier import Asked, Classifier
 _all_ = ['Classifier'] # where it was first
 
 # %% ../nbs/api/27_explain.ipynb #926bbbb2
-_locks: WeakKeyDictionary = WeakKeyDictionary() # model -> its lock
-_lock_of_locks = threading.Lock()
-
-def _lock(model):
-    "The lock of a model; a thread that holds it may take it again."
-    with _lock_of_locks: return _locks.setdefault(model, threading.RLock())
+_lock = threading.RLock() # one for all: models may share layers, and the random state is one
 
 @contextmanager
 def as_found(
@@ -45,7 +40,7 @@ def as_found(
 ) -> Iterator[None]:
     """Inside: evaluation mode, frozen parameters, autograd on, fixed seeds, and no other thread. Afterwards all is as
     it was, in any case."""
-    with _lock(model), _frozen(model): yield
+    with _lock, _frozen(model): yield
 
 # %% ../nbs/api/27_explain.ipynb #725060cb
 def _modules(model):
@@ -98,7 +93,9 @@ def swapped(
     new:Tensor, # Another
 ):              # As `out`
     "`out` with the tensor `new` in place of `old`."
-    return new if out is old else type(out)(new if o is old else o for o in out)
+    if out is old: return new
+    items = [new if o is old else o for o in out]
+    return type(out)(*items) if hasattr(out, '_fields') else type(out)(items) # a named tuple takes its items one by one
 
 @contextmanager
 def outputs_of(
@@ -138,13 +135,17 @@ def _remembered(model, key, make):
     if key not in known: known[key] = make()
     return known[key]
 
+def _parts(model):
+    "What tells a network from what it becomes when parts of it are replaced."
+    return tuple(map(id, _modules(model)))
+
 def trace_of(
     c:Classifier,
     xb:Tensor,    # A batch
 ) -> Trace:
     "What the layers of the model do with images such as these."
-    parts = tuple(map(id, _modules(c.model))) # other parts, another network
-    return _remembered(c.model, (xb.shape[1:], xb.dtype, parts), lambda: Trace(c.model, c.run, xb[:1].clone()))
+    key = xb.shape[1:], xb.dtype, _parts(c.model)
+    return _remembered(c.model, key, lambda: Trace(c.model, c.run, xb[:1].clone()))
 
 def own_layer(
     c:Classifier,
@@ -155,9 +156,13 @@ def own_layer(
     def score(x):
         if callable(target): return target(c.run(x))
         return c.scores(x).amax(1)
-    def find(): return last_place(trace_of(c, xb), score, xb[:1].clone())
+    def find():
+        for x in (xb[:1], xb[-1:]): # an image may leave a stage dark
+            try: return last_place(trace_of(c, xb), score, x.clone())
+            except ValueError: pass
+        return last_place(trace_of(c, xb), score, torch.rand_like(xb[:1]))
     if callable(target): return find() # which layers it depends on is its own affair
-    return _remembered(c.model, (xb.shape[1:], xb.dtype, c.output), find)
+    return _remembered(c.model, (xb.shape[1:], xb.dtype, c.output, _parts(c.model)), find)
 
 # %% ../nbs/api/27_explain.ipynb #05cd29ca
 _NO_WAY_BACK = CropPad, RandomResizedCrop, RandomResizedCropGPU, RatioResize
@@ -225,7 +230,7 @@ def explained(
         with as_found(c.model):
             if batches is None: files, batches = c.batches(items)
             xb = next(batches, None)
-            if xb is None: return
+            if xb is None: return c.check_all_asked(first)
             seen = xb.cpu().float() # a copy on the CPU too, where the network may change its input in place
             maps = maps_of(c, xb.clone(), first)
             of_batch = files[first:first+len(xb)] if files else None
@@ -245,6 +250,7 @@ def explain(
 ) -> Heatmaps:
     "`Heatmaps` of all `items` at once."
     parts = list(explained(learn_or_model, items, *args, **kw))
+    if not parts: raise ValueError('No image: there is nothing to explain.')
     with torch.inference_mode(False): return joined(parts) # the caller's inference mode would mark what is made
 
 def _normalize(learn):

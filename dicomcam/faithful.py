@@ -52,10 +52,11 @@ def steps_between(
     return torch.where(rank.view(heat.shape) < share, end, start)
 
 # %% ../nbs/api/31_faithful.ipynb #4faa13f7
-def _area(insert, learn_or_model, h, cls, layer, steps, fill, act):
+def _area(insert, learn_or_model, h, cls, layer, steps, fill, act, output):
     "Mean area under the score's curve, and interval, for each map and the baselines."
     if fill not in _FILLS: raise ValueError(f'No fill {fill!r}; there are {", ".join(_FILLS)}.')
-    c = Classifier(learn_or_model, act)
+    if h.images.ndim != 4: raise ValueError('Volumes and signals: deletion and insertion take images (n, c, h, w).')
+    c = Classifier(learn_or_model, act, output)
     k = h.cls(0, cls)
     maps = {(o.method, o.layers[j]): positive(o.maps[:, k, j]) for o, j in beside_baselines(h, layer)}
     areas = {o: [] for o in maps}
@@ -80,12 +81,13 @@ def deletion(
     steps:int=20,      # Forward passes an image and map, in one batch
     fill:str='blur',   # What takes a pixel's place: 'blur', 'mean' or 'black'
     act=None,          # From scores to probabilities; as for `gradcam`
+    output=None,       # Key of the scores in what the model returns; as for `gradcam`
 ) -> pd.DataFrame:     # Index: map; columns: layer, mean, low, high, n
     """Area under the probability of `cls` as pixels are taken away, brightest first; small is good.
 
     Of each map and the `baselines`, with a 95 % interval over images (Petsiuk et al. 2018). Raises ValueError
     for an unknown fill."""
-    return _area(False, learn_or_model, h, cls, layer, steps, fill, act)
+    return _area(False, learn_or_model, h, cls, layer, steps, fill, act, output)
 
 # %% ../nbs/api/31_faithful.ipynb #b3131bbc
 def insertion(
@@ -96,9 +98,10 @@ def insertion(
     steps:int=20,
     fill:str='blur',
     act=None,
+    output=None,
 ) -> pd.DataFrame:     # Index: map; columns: layer, mean, low, high, n
     "Area under the probability of `cls` as pixels are put back, brightest first; large is good (Petsiuk et al. 2018)."
-    return _area(True, learn_or_model, h, cls, layer, steps, fill, act)
+    return _area(True, learn_or_model, h, cls, layer, steps, fill, act, output)
 
 # %% ../nbs/api/31_faithful.ipynb #6d4f91a9
 def _redraw(module):

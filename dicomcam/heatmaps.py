@@ -179,6 +179,7 @@ class _NativeMaps(_NamedMaps):
 # %% ../nbs/api/25_heatmaps.ipynb #heac0007
 def _regions(heat, at):
     "What `boxes` says of each connected region of `heat` where it is at least `at`, as rows."
+    if heat.ndim != 2: raise ValueError('Volumes and signals have no boxes; `native` gives the map itself.')
     if not heat.any(): return []
     rows, (regions, _) = [], ndimage.label(heat >= at)
     for number, (ys, xs) in enumerate(ndimage.find_objects(regions), 1):

@@ -29,7 +29,8 @@ def _connected() -> Iterator[None]:
 class Team:
     "The processes that a launcher has started for one command; without a launcher, this one alone."
     def __init__(self):
-        self.rank, self.size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+        self.size = int(os.environ.get('WORLD_SIZE', 1)) # without it, nobody else was started
+        self.rank = int(os.environ.get('RANK', 0)) if self.size > 1 else 0
 
     @property
     def first(self) -> bool:

@@ -122,6 +122,17 @@ def _images(files):
     if views: warnings.warn(f'{views[0]}: localizers are left out, {len(views)} of {len(images)} images')
     return [o for o in images if 'LOCALIZER' not in o[2].get('ImageType', '')]
 
+_SHARED = 'Modality', 'PatientID', 'FrameOfReferenceUID', 'RescaleType', 'Units' # of all slices of a volume
+
+def _check_one(images):
+    "Raise `DicomError` that names the first file of another patient, place or unit than most."
+    for what in (*_SHARED, 'RescaleSlope'):
+        values = [what in ds if what == 'RescaleSlope' else element_values(ds, [what]).get(what) for _, ds, _ in images]
+        usual = Counter(map(str, values)).most_common(1)[0][0]
+        other = next((ds for (_, ds, _), v in zip(images, values) if str(v) != usual), None)
+        if other is None: continue
+        raise DicomError(f'{name_of(other)}: its {what} is not that of most files; pass those of one acquisition')
+
 def _listed(uid, images):
     "A series in a list of several."
     h = images[0][2]
@@ -250,6 +261,7 @@ def dicom_volume(
     of another size or direction, two in one place, and, without `regrid`, slices that are no regular grid."""
     where = str(files) if isinstance(files, (str, Path)) else 'these files'
     images = _of_series(_images(files), series, where)
+    _check_one(images)
     slices, at, axes = _sorted([o for file, ds, _ in images for o in _slices(file, ds)])
     middle = len(at)//2
     beside = np.stack([o.position-slices[middle].position for o in slices]) @ axes[1:].T # mm, down and across

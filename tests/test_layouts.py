@@ -1,5 +1,5 @@
 "Networks of all kinds against autograd by hand and other libraries; what used to be wrong without a word, or stopped"
-import gc, math, pickle, warnings, weakref
+import collections, copy, gc, math, pickle, threading, warnings, weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np, pandas as pd, pytest, torch, torchvision
@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from dicomcam.cam import cam
 from dicomcam.faithful import deletion, randomization, randomized
 from dicomcam.gradcam import gradcam
+from dicomcam.perturb import occlusion
 from dicomcam.methods import METHODS
 from dicomcam.pixels import dicom_pixels
 from dicomcam.read import read_dicom
@@ -448,3 +449,95 @@ def test_a_network_that_was_explained_goes():
     del net
     gc.collect()
     assert gone() is None
+
+# --- what a stranger found ---
+
+class Finished(nn.Module):
+    "Ends in probabilities, in one of many spellings."
+    def __init__(self, end):
+        super().__init__()
+        self.conv, self.end = nn.Conv2d(1, 3, 3), end
+    def forward(self, x): return self.end(self.conv(x).mean((2, 3)))
+
+@pytest.mark.parametrize('end', [torch.special.expit, lambda z: z.sigmoid().clone(), lambda z: z.sigmoid().double().float(), lambda z: z.softmax(1).clamp(0, 1),
+    F.hardsigmoid, lambda z: z.sigmoid()[:, :]])
+def test_probabilities_in_other_spellings_are_not_squashed_again(end):
+    torch.manual_seed(0)
+    net, x = Finished(end).eval(), torch.rand(2, 1, 8, 8)
+    for method in gradcam, occlusion: assert torch.equal(method(net, x).probs, net(x).detach())
+
+def test_a_part_that_is_replaced_is_not_explained_any_more():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(1, 3, 3), nn.Identity()
+        def forward(self, x): return self.b(self.a(x)).mean((2, 3))
+    net, x = Two().eval(), torch.rand(2, 1, 12, 12)
+    assert gradcam(net, x).layers == ['a']
+    net.b = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Sigmoid())
+    assert gradcam(net, x).layers == gradcam(copy.deepcopy(net), x).layers != ['a']
+
+def test_as_many_targets_as_images():
+    net, x = Finished(nn.Identity()).eval(), torch.rand(3, 1, 8, 8)
+    for target in ([0, 1, 2, 0], [0, 1]):
+        with pytest.raises(ValueError, match='one class for each image'): gradcam(net, x, target=target)
+        with pytest.raises(ValueError, match='one class for each image'): list(gradcam(net, x, target=target, batches=True))
+
+def test_a_black_first_image_does_not_decide_for_all():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 3, 3, bias=False), nn.ReLU(), nn.Conv2d(3, 2, 3, bias=False), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    x = torch.rand(2, 1, 12, 12)
+    if not net(x).abs().sum(): net[2].weight.data.abs_()
+    x[0] = 0
+    assert gradcam(net, x).layers == gradcam(copy.deepcopy(net), x.flip(0)).layers
+
+def test_a_layer_that_returns_a_named_tuple():
+    Named = collections.namedtuple('Named', 'maps')
+    class Names(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 2, 3)
+        def forward(self, x): return Named(self.conv(x))
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.l = Names()
+        def forward(self, x): return self.l(x).maps.mean((2, 3))
+    net, x = Net().eval(), torch.rand(2, 1, 8, 8)
+    assert torch.equal(gradcam(net, x, layers='l').raw[0], gradcam(net, x, layers='l.conv').raw[0])
+
+def test_two_models_that_share_layers_and_the_random_state():
+    "The second begins while the first is at work; each is left as it was found, and so are the random numbers"
+    torch.manual_seed(0)
+    back = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU())
+    nets = [nn.Sequential(back, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)).train() for _ in range(2)]
+    x = torch.rand(2, 1, 12, 12)
+    wanted = [gradcam(o, x).raw[0] for o in nets]
+    torch.manual_seed(7)
+    after, wrong = torch.rand(3), []
+    torch.manual_seed(7)
+    def ask(k):
+        for _ in range(10):
+            if not torch.equal(gradcam(nets[k], x).raw[0], wanted[k]): wrong.append(k)
+    threads = [threading.Thread(target=ask, args=[k]) for k in range(2)]
+    for o in threads: o.start()
+    for o in threads: o.join()
+    assert not wrong and back.training and all(p.requires_grad for p in back.parameters())
+    assert torch.equal(torch.rand(3), after)
+
+def test_deletion_of_one_output_of_several():
+    class Dict(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 2, 3)
+        def forward(self, x): return dict(logits=self.conv(x).mean((2, 3)), more=x)
+    net, x = Dict().eval(), torch.rand(2, 1, 16, 16)
+    h = gradcam(net, x, output='logits')
+    assert deletion(net, h, 0, steps=2, output='logits')['mean'].between(0, 1).all()
+    with pytest.raises(ValueError, match='output=KEY'): deletion(net, h, 0, steps=2)
+
+def test_volumes_have_no_boxes():
+    net = nn.Sequential(nn.Conv3d(1, 2, 3), nn.AdaptiveAvgPool3d(1), nn.Flatten()).eval()
+    h = gradcam(net, torch.rand(1, 1, 8, 8, 8))
+    with pytest.raises(ValueError, match='Volumes and signals have no boxes'): h.boxes(0)
+    with pytest.raises(ValueError, match='Volumes and signals'): deletion(net, h, 0)
