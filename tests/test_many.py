@@ -124,6 +124,11 @@ def test_alone_nothing_is_asked_for():
     with Team() as team: assert team.first and team.share(3, 2) == [0, 1, 2] and team.from_first(1) == 1 and team.to_first(2) == [2]
     assert not torch.distributed.is_initialized()
 
+def test_a_rank_without_company_is_alone(monkeypatch):
+    monkeypatch.setenv('RANK', '1')
+    monkeypatch.delenv('WORLD_SIZE', raising=False)
+    with Team() as team: assert team.first and team.share(3, 2) == [0, 1, 2]
+
 def test_drawn_in_shares_is_drawn_at_once(folder, tiny_learner, tmp_path):
     "Whatever the shares are, and where files are broken"
     from functools import partial

@@ -343,3 +343,16 @@ def test_gradcam_of_a_series(tmp_path):
     peak = np.unravel_index(heat.argmax(), heat.shape)
     assert peak == (3, 2, 6)
     np.testing.assert_allclose(v.where(peak), [-10+6*.75, -20+2*.5, 30+3*2.5])
+
+@pytest.mark.parametrize('what, other', [('Modality', 'PT'), ('PatientID', 'somebody else'), ('FrameOfReferenceUID', '1.2.9'), ('RescaleSlope', None)])
+def test_slices_of_another_patient_place_or_unit(tmp_path, what, other):
+    "They have the same SeriesInstanceUID; nobody is named"
+    same = dict(Modality='CT', PatientID='one', FrameOfReferenceUID='1.2.8', RescaleSlope=1)
+    planes = [plane(k, **same) for k in range(N)]
+    quiet(write(tmp_path, planes))
+    if other is None: del planes[2][what]
+    else: setattr(planes[2], what, other)
+    files = write(tmp_path, planes)
+    fails(files, files[2], f'its {what} is not that of most')
+    with pytest.raises(DicomError) as e: dicom_volume(files)
+    assert 'somebody' not in str(e.value)
