@@ -118,7 +118,6 @@ class _Model:
         self.act = act or _of_loss(nested_attr(self.learn, 'loss_func'))
         self.output = output
         self.vocab = nested_attr(self.learn, 'dls.vocab')
-        self.targets:list|None = None # if there is one for each image
 
     @property
     def like(self) -> Tensor:
@@ -188,11 +187,6 @@ def _words(out):
 # %% ../nbs/api/26c_classifier.ipynb #7bfe71b4
 class _Named(_Scored):
     "The same, with the names of its classes."
-    def check_all_asked(self, n:int):
-        "Raise ValueError where there were more targets than the `n` images."
-        if self.targets is None or len(self.targets) == n: return
-        raise ValueError(f'{len(self.targets)} targets for {n} images: pass one class for each image.')
-
     def names(self, k:int) -> list:
         "Names of `k` classes: the vocabulary, if it is of that length, else numbers."
         return list(self.vocab) if self.vocab is not None and len(self.vocab) == k else list(range(k))
@@ -242,9 +236,9 @@ class Classifier(_Named):
 
     def _columns(self, target, first, probs):
         "The position of each image's class."
-        names, self.targets = self.names(probs.shape[1]), as_list(target)
-        of_batch = self.targets[first:first+len(probs)]
-        if len(of_batch) != len(probs): raise ValueError(f'{len(self.targets)} targets: pass one class for each image.')
+        names, targets = self.names(probs.shape[1]), as_list(target)
+        of_batch = targets[first:first+len(probs)]
+        if len(of_batch) != len(probs): raise ValueError(f'{len(targets)} targets: pass one class for each image.')
         return torch.tensor([find_class(o, names) for o in of_batch], device=probs.device)
 
     def _number(self, out, n, target):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .view import Placement, View
 from .batches import setup_of
-from .heatmaps import Heatmaps, joined, on_cpu
+from .heatmaps import Heatmaps, as_list, joined, on_cpu
 from .layers import Trace, last_place, single
 from .classifier import Asked, Classifier
 
@@ -214,6 +214,11 @@ def _check_finite(maps, of):
         'are spoilt; in half precision, try float32.')
 
 # %% ../nbs/api/27_explain.ipynb #bf20db2f
+def _check_targets(target, n):
+    "Raise ValueError where there is not one target for each of the `n` images, though there are several."
+    if target is None or callable(target) or isinstance(target, str) or len(as_list(target)) == n: return
+    raise ValueError(f'{len(as_list(target))} targets for {n} images: pass one class for each image.')
+
 def explained(
     learn_or_model:Learner|nn.Module,
     items,               # What holds the images; see `as_batches`
@@ -230,7 +235,7 @@ def explained(
         with as_found(c.model):
             if batches is None: files, batches = c.batches(items)
             xb = next(batches, None)
-            if xb is None: return c.check_all_asked(first)
+            if xb is None: return _check_targets(getattr(maps_of, 'target', None), first)
             seen = xb.cpu().float() # a copy on the CPU too, where the network may change its input in place
             maps = maps_of(c, xb.clone(), first)
             of_batch = files[first:first+len(xb)] if files else None
@@ -243,6 +248,7 @@ def explained(
             maps.asked.vocab)
         first += len(xb)
 
+# %% ../nbs/api/27_explain.ipynb #05423b24
 def explain(
     learn_or_model:Learner|nn.Module,
     items,         # What holds the images; see `as_batches`

@@ -44,7 +44,7 @@ def test_an_array_that_is_no_batch(bad):
     with pytest.raises(ValueError, match='A batch is floating-point'): list(as_batches(bad, None)[1])
 
 def test_parts_of_an_array_are_the_array():
-    x = np.random.default_rng(0).random((7, 1, 8, 8), 'f4')
+    x = np.random.default_rng(0).random((7, 1, 32, 32), 'f4')
     assert torch.equal(torch.cat(list(as_batches(x, None, bs=3)[1])), torch.from_numpy(x))
     a, b = gradcam(TinyNet(), x, layers=-6), gradcam(TinyNet(), torch.from_numpy(x), layers=-6)
     assert torch.equal(a.raw[0], b.raw[0]) and torch.equal(a.images, b.images)

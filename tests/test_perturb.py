@@ -481,3 +481,14 @@ def test_files_of_a_learner(tmp_path):
 def test_what_attribute_does_not_take(kw, why):
     with pytest.raises(ValueError, match=f'^{why}') as e: attribute(small(), batch(1, size=32), **kw)
     assert '\n' not in str(e.value)
+
+@pytest.mark.parametrize('method', ['gradcam', 'scorecam', 'ablationcam', 'occlusion'])
+@pytest.mark.parametrize('smooth', [None, 'tta'])
+def test_a_class_an_image_by_any_method(method, smooth):
+    "Over several batches; more classes than images are an error at the end"
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    x, target = torch.rand(3, 1, 10, 10), [2, 0, 1]
+    h, each = (attribute(net, x, method=method, smooth=smooth, **o) for o in (dict(target=target), dict(classes=[0, 1, 2])))
+    for i, k in enumerate(target): torch.testing.assert_close(h.raw[0][i, 0], each.raw[0][i, k])
+    with pytest.raises(ValueError, match='4 targets'): attribute(net, x, method=method, smooth=smooth, target=[*target, 0])
