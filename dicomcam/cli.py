@@ -252,10 +252,11 @@ def train(folder, labels, by, seed, checkpoint, resume, out, force, **recipe):
         plain_progress()
         from dicomcam.batches import split_counts
         from dicomcam.choice import choose_layer
-        from dicomcam.labels import positive_classes
+        from dicomcam.labels import label_table, positive_classes
         from dicomcam.models import save_model
         from dicomcam.results import evaluate, predictions
         from dicomcam.training import few_films, full_recipe, train_learner
+        label_table(folder, labels, None) # a folder that will not do ends it here
         r = full_recipe(**_given(recipe))
         start = 'pretrained' if r.get('pretrained') else 'random'
         _tell(f'Training {r["arch"]} at {r["size"]} pixels for {r["epochs"]} epochs, from {start} weights ...')

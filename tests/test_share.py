@@ -15,6 +15,7 @@ from pydicom.uid import generate_uid
 from torch import nn
 
 import dicomcam.folder as folder_, dicomcam.objects as objects, dicomcam.report as report_
+from dicomcam.choice import late_stages
 from dicomcam import __version__
 from dicomcam.results import evaluate, predictions
 from dicomcam.cam import Heatmaps, positive, to_unit
@@ -404,11 +405,11 @@ def test_report_draws_no_mask_of_another_size(learn, folder, tmp_path, monkeypat
     monkeypatch.setattr(report_, 'lesion_mask', lambda path, file: np.ones((50, 50)))
     with pytest.raises(ValueError, match='A mask of .50, 50. for an image of .96, 96.'): report(learn, label_table(folder)[:2], tmp_path/'r.html', '5', path=folder)
 
-def test_layers_of_any_network(learn, folder):
-    assert report_._stages(learn, label_table(folder).file[0]) == ['5', '6', '7']
+def test_layers_of_any_network(learn):
+    assert late_stages(learn, 3) == ['5', '6', '7']
     net = xresnet18(n_out=2)
     learn = Learner(learn.dls, nn.Sequential(OrderedDict(grey=nn.Conv2d(1, 3, 1), body=net)), loss_func=learn.loss_func)
-    assert report_._stages(learn, label_table(folder).file[0]) == ['body.5', 'body.6', 'body.7']
+    assert late_stages(learn, 3) == ['body.5', 'body.6', 'body.7']
 
 def test_small_enough(xrays, tmp_path):
     learn = train_learner(xrays, fit=False, arch='xresnet18', size=128, bs=8)
