@@ -64,7 +64,8 @@ class _Final(TorchFunctionMode):
         result = func(*args, **kwargs or {})
         name = getattr(func, '__name__', None)
         act = _OF_FUNCTION.get(name)
-        if name in _SAME_NUMBERS and self.act(args[0]): act = self.of_result
+        given = args[0] if args else (kwargs or {}).get('input')
+        if name in _SAME_NUMBERS and isinstance(given, Tensor) and self.act(given): act = self.of_result
         if act: self.result, self.of_result = result, act
         return result
 
@@ -73,12 +74,16 @@ class _Final(TorchFunctionMode):
         return self.of_result if self.result is not None and any(o is self.result for o in (out, out._base)) else None
 
 _OF_NODE = dict(SoftmaxBackward0=_same, SigmoidBackward0=_same, LogSoftmaxBackward0=torch.exp,
-    LogSigmoidBackward0=torch.exp)
+    LogSigmoidBackward0=torch.exp, HardsigmoidBackward0=_same)
+
+_SAME_NODES = {f'{o}Backward0' for o in ('Clone', 'ToCopy', 'Clamp', 'Slice', 'Select', 'View', 'UnsafeView', 'Squeeze',
+    'Unsqueeze', 'ReshapeAlias', 'Alias')} | {'ClampBackward1', 'SqueezeBackward1'} # the same numbers, or some of them
 
 def _of_graph(out):
-    "The same, of an output that has a graph: that knows its last operation, and nobody has to watch."
-    whole = out if out._base is None else out._base
-    return whole.grad_fn and _OF_NODE.get(whole.grad_fn.name())
+    "The same, of an output that has a graph: that knows its last operations, and nobody has to watch."
+    node = (out if out._base is None else out._base).grad_fn
+    while node and node.name() in _SAME_NODES: node = node.next_functions[0][0]
+    return node and _OF_NODE.get(node.name())
 
 # %% ../nbs/api/26c_classifier.ipynb #d61f5d03
 @dataclass

@@ -87,7 +87,7 @@ def measures_by_image(
 # %% ../nbs/api/30_localize.ipynb #faaf0285
 def mean_of_measures(
     values:pd.DataFrame, # From `measures_by_image`
-) -> pd.DataFrame:       # Index: map, layer, measure; columns: mean, low, high (95 % bootstrap interval over images), n
+) -> pd.DataFrame:       # Index: map, layer, measure; columns: mean, low, high (95 % interval over images), n
     "The mean of each column, with its interval."
     rows = [(*mean_interval(values[k].to_numpy()), len(values)) for k in values]
     return pd.DataFrame(rows, index=values.columns, columns=['mean', 'low', 'high', 'n'])
@@ -101,7 +101,7 @@ def localization(
     at:float=.5,
     measures:tuple=tuple(MEASURES),
     prior:LesionPrior=None,
-) -> pd.DataFrame:   # Index: map, layer, measure; columns: mean, low, high (95 % bootstrap interval over images), n
+) -> pd.DataFrame:   # Index: map, layer, measure; columns: mean, low, high (95 % interval over images), n
     "Heatmaps against lesion masks, for each map and for the `baselines`: the means of `measures_by_image`."
     return mean_of_measures(measures_by_image(h, masks, cls, layer, grow, at, measures, prior))
 

@@ -460,11 +460,11 @@ class Finished(nn.Module):
     def forward(self, x): return self.end(self.conv(x).mean((2, 3)))
 
 @pytest.mark.parametrize('end', [torch.special.expit, lambda z: z.sigmoid().clone(), lambda z: z.sigmoid().double().float(), lambda z: z.softmax(1).clamp(0, 1),
-    F.hardsigmoid, lambda z: z.sigmoid()[:, :]])
+    F.hardsigmoid, lambda z: z.sigmoid()[:, :], lambda z: z.sigmoid()[:, :].clone(), lambda z: torch.clamp(input=z.sigmoid(), min=0, max=1)])
 def test_probabilities_in_other_spellings_are_not_squashed_again(end):
     torch.manual_seed(0)
     net, x = Finished(end).eval(), torch.rand(2, 1, 8, 8)
-    for method in gradcam, occlusion: assert torch.equal(method(net, x).probs, net(x).detach())
+    for h in gradcam(net, x), gradcam(net, x, layers='conv'), occlusion(net, x): assert torch.equal(h.probs, net(x).detach())
 
 def test_a_part_that_is_replaced_is_not_explained_any_more():
     class Two(nn.Module):
