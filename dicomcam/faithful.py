@@ -15,7 +15,6 @@ import numpy as np, pandas as pd, torch
 from scipy.stats import spearmanr
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
-from torchvision.transforms.functional import gaussian_blur
 
 from .intervals import mean_interval
 from .maps import positive
@@ -23,19 +22,9 @@ from .heatmaps import Heatmaps
 from .classifier import Classifier
 from .explain import as_found
 from .gradcam import gradcam
+from .perturb import filled
 from .localize import baselines, beside_baselines
 from fastai.torch_core import no_random, to_np
-
-# %% ../nbs/api/31_faithful.ipynb #49dce08a
-def _blur(x):
-    sigma = max(x.shape[-2:])/16
-    return gaussian_blur(x, 2*int(2*sigma)+1, sigma)
-
-def _mean(x): return x.mean((-2, -1), keepdim=True).expand_as(x)
-
-def _black(x): return x.amin((-2, -1), keepdim=True).expand_as(x)
-
-_FILLS = dict(blur=_blur, mean=_mean, black=_black)
 
 # %% ../nbs/api/31_faithful.ipynb #852f37a7
 def steps_between(
@@ -54,7 +43,6 @@ def steps_between(
 # %% ../nbs/api/31_faithful.ipynb #4faa13f7
 def _area(insert, learn_or_model, h, cls, layer, steps, fill, act, output):
     "Mean area under the score's curve, and interval, for each map and the baselines."
-    if fill not in _FILLS: raise ValueError(f'No fill {fill!r}; there are {", ".join(_FILLS)}.')
     if h.images.ndim != 4: raise ValueError('Volumes and signals: deletion and insertion take images (n, c, h, w).')
     c = Classifier(learn_or_model, act, output)
     k = h.cls(0, cls)
@@ -62,8 +50,8 @@ def _area(insert, learn_or_model, h, cls, layer, steps, fill, act, output):
     areas = {o: [] for o in maps}
     with as_found(c.model), torch.no_grad():
         for i, image in enumerate(h.inputs):
-            filled = _FILLS[fill](image[None])[0]
-            start, end = (filled, image) if insert else (image, filled)
+            nothing = filled(image[None], fill)[0]
+            start, end = (nothing, image) if insert else (image, nothing)
             for o, m in maps.items():
                 films = steps_between(start, end, to_np(m[i]), steps).to(c.like.device, c.like.dtype)
                 probs = c.probs(c.scores(films)).float().cpu()
@@ -79,7 +67,7 @@ def deletion(
     cls:str|int,       # Class, by name or index
     layer=None,        # Layer; None: each
     steps:int=20,      # Forward passes an image and map, in one batch
-    fill:str='blur',   # What takes a pixel's place: 'blur', 'mean' or 'black'
+    fill:str|float='blur', # What takes a pixel's place: 'blur', 'mean', 'black', or a value of the network's input
     act=None,          # From scores to probabilities; as for `gradcam`
     output=None,       # Key of the scores in what the model returns; as for `gradcam`
 ) -> pd.DataFrame:     # Index: map; columns: layer, mean, low, high, n

@@ -252,7 +252,7 @@ def _mean(x): return x.mean(tuple(range(2, x.ndim)), keepdim=True).expand_as(x)
 
 def _black(x): return x.amin(tuple(range(2, x.ndim)), keepdim=True).expand_as(x)
 
-FILLS = dict(mean=_mean, blur=_blurred, black=_black) # from a batch to one with nothing to see in it
+FILLS = dict(blur=_blurred, mean=_mean, black=_black) # from a batch to one with nothing to see in it
 
 def filled(
     x:Tensor,       # A batch

@@ -236,7 +236,7 @@ def test_what_takes_the_place_of_an_image():
     assert torch.equal(filled(x, 'black')[0, 1], x[0, 1].min().expand(32, 32)) and filled(x, 2).unique().tolist() == [2]
 
 @pytest.mark.parametrize('kw,why', [(dict(patch=0), 'patch=0: pass a number of pixels, or one for each of 2 axes'), (dict(stride=(2, 2, 2)), 'stride=.2, 2, 2.: '),
-    (dict(patch=4, stride=5), 'stride=5 leaves pixels between patches of 4'), (dict(fill='grey'), "No fill 'grey'; there are mean, blur, black"),
+    (dict(patch=4, stride=5), 'stride=5 leaves pixels between patches of 4'), (dict(fill='grey'), "No fill 'grey'; there are blur, mean, black"),
     (dict(bs=0), 'bs=0'), (dict(classes=1, target='predicted'), 'Pass classes or a target')])
 def test_what_occlusion_does_not_take(kw, why):
     with pytest.raises(ValueError, match=f'^{why}') as e: occlusion(small(), batch(1, size=32), **kw)
