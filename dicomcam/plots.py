@@ -6,7 +6,7 @@ Docs: https://dicomcam.github.io/dicomcam/api/plots.html.md"""
 
 # %% auto #0
 __all__ = ['plot_scores', 'plot_confusion', 'plot_band', 'plot_roc', 'plot_pr', 'plot_calibration', 'plot_subgroups',
-           'plot_top_losses']
+           'plot_forest', 'plot_forests', 'plot_top_losses']
 
 # %% ../nbs/api/24_plots.ipynb #cba314f1
 from typing import Callable
@@ -173,20 +173,61 @@ def plot_calibration(
     return ax
 
 # %% ../nbs/api/24_plots.ipynb #bed0a4f0
+def _draw_intervals(ax, df, names, grey=()):
+    "A point and its interval a row (value, low, high), from the top down."
+    at, value, low, high = np.arange(len(df)), *df.to_numpy(float).T
+    arms = np.fmax(0, [value-low, high-value]) # none where an end is not known
+    pale = np.isin(at, grey)
+    for rows, color in ((~pale, 'C0'), (pale, 'gray')):
+        ax.errorbar(value[rows], at[rows], xerr=arms[:, rows], fmt='o', capsize=3, color=color)
+    ax.set(ylim=(len(df)-.5, -.5), yticks=at, yticklabels=names)
+
 def plot_subgroups(
     df:pd.DataFrame, # From `subgroups`
     ax:Axes=None,    # Axes to draw on; None: new ones
 ) -> Axes:
     "ROC AUC of each group with its 95 % interval; groups of one class only have none."
     ax = _axes(ax, 6, .8+.3*len(df))
-    at = np.arange(len(df))
-    arms = np.maximum(0, [df.auc-df.low, df.high-df.auc]) # rounding may make an empty one negative
-    ax.errorbar(df.auc, at, xerr=arms, fmt='o', capsize=3)
-    ax.axvline(.5, ls=':', c='gray')
     names = [f'{for_figure(element)} {for_figure(value)} ({n} images)' for (element, value), n in df.images.items()]
-    ax.set(title='ROC AUC by group', xlabel='AUC, 95 % interval', xlim=(-.02, 1.02), ylim=(len(df)-.5, -.5), yticks=at,
-        yticklabels=names)
+    _draw_intervals(ax, df[['auc', 'low', 'high']], names)
+    ax.axvline(.5, ls=':', c='gray')
+    ax.set(title='ROC AUC by group', xlabel='AUC, 95 % interval', xlim=(-.02, 1.02))
     return ax
+
+# %% ../nbs/api/24_plots.ipynb #1fdd4059
+def plot_forest(
+    table:pd.DataFrame, # Columns: a value, low, high; the index, and columns left of the value, name the rows
+    ax:Axes=None,       # Axes to draw on; None: new ones
+    title:str='',       # Above the figure
+    xlabel:str='mean, 95 % interval',
+    line:float=None,    # Drawn from top to bottom: what chance gives, say
+    grey:tuple=('centre', 'noise', 'edges', 'prior'), # Names of rows to compare with
+) -> Axes:
+    "A forest plot: a point and its interval for each row of a table; a row without a value keeps its line."
+    df = table.reset_index()
+    value = df.columns.get_loc('low')-1
+    if value < 1: raise ValueError('A table of intervals has a value left of low, and high.')
+    names = [[for_figure(o) for o in row if o == o and o != ''] for row in df.iloc[:, :value].values.tolist()]
+    ax = _axes(ax, 6, 1+.25*len(df))
+    pale = [i for i, o in enumerate(names) if set(o) & set(grey)]
+    _draw_intervals(ax, df[[df.columns[value], 'low', 'high']], [' '.join(o) for o in names], pale)
+    if line is not None: ax.axvline(line, ls=':', c='gray')
+    ax.set(title=title, xlabel=xlabel)
+    return ax
+
+# %% ../nbs/api/24_plots.ipynb #a1722cd8
+def plot_forests(
+    tables:dict, # Name of a measure -> table as for `plot_forest`, all of the same rows; the name is the panel's title
+    xlabels:dict=None, # Name of a measure -> what stands below its panel
+    **kw,        # As for `plot_forest`: line, grey
+) -> plt.Figure:
+    "A forest plot of several measures of the same rows, side by side."
+    rows = len(next(iter(tables.values())))
+    size = 2.2+2.1*len(tables), 1+.25*rows
+    fig, axs = plt.subplots(1, len(tables), figsize=size, squeeze=False, sharey=True, layout='constrained')
+    for ax, (name, table) in zip(axs[0], tables.items()):
+        plot_forest(table, ax, name, (xlabels or {}).get(name, ''), **kw)
+    return fig
 
 # %% ../nbs/api/24_plots.ipynb #7dd85e50
 def plot_top_losses(
