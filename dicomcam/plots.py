@@ -175,7 +175,8 @@ def plot_calibration(
 # %% ../nbs/api/24_plots.ipynb #bed0a4f0
 def _draw_intervals(ax, df, names, grey=()):
     "A point and its interval a row (value, low, high), from the top down."
-    at, value, low, high = np.arange(len(df)), *df.to_numpy(float).T
+    value, low, high = df.to_numpy(float).T
+    at = np.arange(len(df))
     arms = np.fmax(0, [value-low, high-value]) # none where an end is not known
     pale = np.isin(at, grey)
     for rows, color in ((~pale, 'C0'), (pale, 'gray')):
@@ -194,7 +195,7 @@ def plot_subgroups(
     ax.set(title='ROC AUC by group', xlabel='AUC, 95 % interval', xlim=(-.02, 1.02))
     return ax
 
-# %% ../nbs/api/24_plots.ipynb #1fdd4059
+# %% ../nbs/api/24_plots.ipynb #69e0f255
 def plot_forest(
     table:pd.DataFrame, # Columns: a value, low, high; the index, and columns left of the value, name the rows
     ax:Axes=None,       # Axes to draw on; None: new ones
@@ -215,7 +216,7 @@ def plot_forest(
     ax.set(title=title, xlabel=xlabel)
     return ax
 
-# %% ../nbs/api/24_plots.ipynb #a1722cd8
+# %% ../nbs/api/24_plots.ipynb #47c0cb00
 def plot_forests(
     tables:dict, # Name of a measure -> table as for `plot_forest`, all of the same rows; the name is the panel's title
     xlabels:dict=None, # Name of a measure -> what stands below its panel
