@@ -5,6 +5,7 @@ from fastai.vision.all import *
 from fastai.medical.imaging import *
 from dicomcam.phi import *
 from dicomcam.phantom import *
+from dicomcam.pairs import *
 from dicomcam.data import *
 from dicomcam.summary import *
 from dicomcam.volume import *

@@ -69,7 +69,7 @@ def test_header_is_siims(small):
         assert im.shape==(128,128) and im.dtype==np.uint8 and 70<im.mean()<190 and im.std()>35
 
 def test_patients_and_balance():
-    plan = phantom_._plan(250, 42)
+    plan = phantom_.who_comes(250, 42)
     assert len({w for w,_ in plan})==209 and sum(p for _,p in plan)==75
     assert [p for _,p in plan]!=sorted(p for _,p in plan) # labels are not in the order of the files
 
