@@ -32,6 +32,7 @@ from dicomcam.trust import *
 from dicomcam.choice import *
 from dicomcam.froc import *
 from dicomcam.protocols import *
+from dicomcam.passport import *
 from dicomcam.share import *
 from dicomcam.team import *
 from dicomcam.folder import *
