@@ -37,3 +37,7 @@ from dicomcam.share import *
 from dicomcam.team import *
 from dicomcam.folder import *
 from dicomcam.demo import *
+from dicomcam.films import *
+from dicomcam.dimse import *
+from dicomcam.dicomweb import *
+from dicomcam.archive import *
