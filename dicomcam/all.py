@@ -33,6 +33,7 @@ from dicomcam.choice import *
 from dicomcam.froc import *
 from dicomcam.protocols import *
 from dicomcam.passport import *
+from dicomcam.repeat import *
 from dicomcam.share import *
 from dicomcam.team import *
 from dicomcam.folder import *
