@@ -25,13 +25,13 @@ def test_the_mean_is_of_raw_maps_and_the_spread_of_shares(two):
     assert mean[0, 1, 1] == 2 and mean[1, 2, 2] == .5 and mean[1, 6, 6] == 1.5
     assert spread[0].max() == 0 and spread[1, 2, 2] == spread[1, 6, 6] == .5
     assert s.mean.probs[0].tolist() == pytest.approx([.8, .2]) and two[0].probs[0, 0] == pytest.approx(.9)
-    assert s.mean.method == 'gradcam, mean of 2' and s.spread.layers == ['4']
+    assert s.mean.method == 'gradcam, mean of 2 maps' and s.spread.layers == ['4']
 
 def test_measures_take_the_mean_map(two):
     mask = np.zeros((8, 8))
     mask[6, 6] = 1
     game = pointing_game(map_spread(two).mean, [None, mask], 'ill', grow=0)
-    assert game['mean']['gradcam, mean of 2'] == 1
+    assert game['mean']['gradcam, mean of 2 maps'] == 1
 
 def test_what_speaks_against_the_class_agrees_with_nothing_at_all():
     a, b = by_hand(-point((1, 1), (2, 2))), by_hand(point((1, 1), (2, 2))*0)
@@ -40,7 +40,7 @@ def test_what_speaks_against_the_class_agrees_with_nothing_at_all():
 def test_methods_and_layers_are_named():
     a, b = by_hand(point((1, 1), (2, 2)), names=['4']), by_hand(point((0, 0), (1, 1), size=4), method='hirescam', names=['5'])
     s = map_spread([a, b])
-    assert (s.mean.method, s.mean.layers) == ('gradcam + hirescam, mean of 2', ['4 + 5']) and s.mean.maps.shape[-1] == 8
+    assert (s.mean.method, s.mean.layers) == ('gradcam + hirescam, mean of 2 maps', ['4 + 5']) and s.mean.maps.shape[-1] == 8
 
 def test_show_draws_image_mean_and_disagreement_on_one_scale(two):
     fig = map_spread(two).show(1, 'ill', mask=np.eye(8))
