@@ -91,6 +91,15 @@ def _variance(errors):
     return (errors**2).sum()/len(errors)/(len(errors)-1)
 
 # %% ../nbs/api/21_intervals.ipynb #ac80cc7e
+def _share_ends(values, share, errors):
+    "The interval of a share, of values in [0, 1] and from what `_by_patient` gives of them."
+    n, patients = len(values), len(errors)
+    if share in (0, 1): return tuple(map(float, _exact(int(share), patients)))
+    if patients < 2: return np.nan, np.nan
+    worth = min(n, np.var(values)*n/(n-1)/max(_variance(errors), 1e-12))
+    few = student.ppf(.975, n-1)/student.ppf(.975, patients-1)
+    return tuple(map(float, _wilson(share, worth*few**2)))
+
 def proportion_interval(
     hits:ndarray,       # (n,) bool, one an image, or a list: is it a hit?
     group:ndarray=None, # (n,) whose image it is; None: each image is a patient of its own
@@ -100,14 +109,15 @@ def proportion_interval(
     of a patient count once. Raises ValueError for values that are neither 0 nor 1."""
     if not np.isin(hits, (0, 1)).all(): raise ValueError('A share is of hits and misses: give True and False.')
     share, _, errors = _by_patient(hits, group)
-    n, patients = len(hits), len(errors)
-    if share in (0, 1): return share, *_exact(int(share), patients)
-    if patients < 2: return share, np.nan, np.nan
-    worth = min(n, share*(1-share)*n/(n-1)/max(_variance(errors), 1e-12))
-    few = student.ppf(.975, n-1)/student.ppf(.975, patients-1)
-    return share, *map(float, _wilson(share, worth*few**2))
+    return share, *_share_ends(hits, share, errors)
 
 # %% ../nbs/api/21_intervals.ipynb #6e68f215
+def _within_one(values): return bool(((values >= 0) & (values <= 1)).all())
+
+def _mostly_hits(values):
+    "Are they hits and misses, but for a few that lie between?"
+    return _within_one(values) and 2*np.isin(values, (0, 1)).sum() >= values.size
+
 def _unskewed(mean, errors):
     "Hall's interval of a mean, from what `_by_patient` gives."
     if len(errors) < 2 or not (variance := _variance(errors)) > 1e-24: return np.nan, np.nan
@@ -123,13 +133,13 @@ def mean_interval(
     group:ndarray=None, # (n,) whose image it is; None: each image is a patient of its own
 ) -> tuple:             # Mean, low, high; NaN where nothing is known
     """Mean of one value an image, and its 95 % interval by patient: Hall's for skewed values (1992, Journal of the
-    Royal Statistical Society B 54, 221-228), within 0 and 1 where all values are; where all are 0 or 1 that of
-    `proportion_interval`."""
+    Royal Statistical Society B 54, 221-228), within 0 and 1 where all values are; where at least half are 0 or 1, that
+    of `proportion_interval`, which is then too wide rather than too narrow."""
     values = np.asarray(values, float)
-    if np.isin(values, (0, 1)).all(): return proportion_interval(values, group)
     mean, _, errors = _by_patient(values, group)
+    if _mostly_hits(values): return mean, *_share_ends(values, mean, errors)
     ends = np.array(_unskewed(mean, errors))
-    if 0 <= values.min() and values.max() <= 1: ends = ends.clip(0, 1)
+    if _within_one(values): ends = ends.clip(0, 1)
     return mean, *map(float, ends)
 
 # %% ../nbs/api/21_intervals.ipynb #d772e6a4
@@ -148,14 +158,14 @@ def paired_difference(
     seed:int=42,        # Of the signs, where there are more than twelve patients
 ) -> dict:              # value (mean of a-b), low, high (95 %), p (two-sided)
     """Is `a` larger than `b` on the same images? Mean difference; its interval by patient, that of Bonett and Price
-    (2012) for hits and misses, else Hall's (1992); p of the sign-flip test by patient. Raises ValueError where they
-    differ in number."""
+    (2012) where at least half of the values are hits and misses, else Hall's (1992); p of the sign-flip test by
+    patient. Raises ValueError where they differ in number."""
     a, b = np.asarray(a, float), np.asarray(b, float)
     if a.shape != b.shape: raise ValueError(f'{len(a)} values and {len(b)}: give both of the same images.')
     who = np.arange(len(a)) if group is None else pd.factorize(np.asarray(group))[0]
     mean, sums, errors = _by_patient(a-b, who)
     low, high = _unskewed(mean, errors)
-    if len(a) and np.isin([a, b], (0, 1)).all():
+    if len(a) and _mostly_hits(np.array([a, b])):
         middle, _, errors = _by_patient([*(a-b), 1, -1], [*who, -1, -2])
         arm = student.ppf(.975, len(errors)-1)*np.sqrt(_variance(errors))
         low, high = np.clip([middle-arm, middle+arm], -1, 1)
