@@ -1,8 +1,15 @@
 "Does a map follow the model? Forest plots, ROAD, agreement with occlusion, weights drawn anew, and localisation beside all of it."
-import numpy as np, pandas as pd, pytest
+import numpy as np, pandas as pd, pytest, torch
 from matplotlib import pyplot as plt
+from scipy import ndimage
+from torch import nn
 
+from dicomcam.faithful import deletion, likeness, mean_likeness, randomization, randomizations
+from dicomcam.heatmaps import Heatmaps
+from dicomcam.localize import (by_lesion, iobb, iou, localization, mass_in_mask, mean_of_measures, measures_by_image, of_rows, paired,
+                               pointing_game)
 from dicomcam.plots import plot_forest, plot_forests
+from tiny import TinyNet
 
 @pytest.fixture(autouse=True)
 def closed():
@@ -36,3 +43,104 @@ def test_several_measures_side_by_side():
     table = table_of(mean=[.8, .4, .1], low=[.7, .2, 0], high=[.9, .5, .3])
     fig = plot_forests(dict(mass=table, deletion=table), dict(deletion='small is good'))
     assert [o.get_title() for o in fig.axes] == ['mass', 'deletion'] and [o.get_xlabel() for o in fig.axes] == ['', 'small is good']
+
+# localisation by patient, two maps, which lesions
+
+def maps_of(method, *maps, layer='l', probs=None, cls='ill'):
+    raw = torch.tensor(np.stack(maps), dtype=torch.float32)[:, None]
+    n, size = len(raw), raw.shape[2:]
+    return Heatmaps([raw], torch.rand(n, 1, *size, generator=torch.Generator().manual_seed(0)), torch.ones(n, 1) if probs is None else torch.tensor(probs)[:, None],
+                    [cls], [layer], method, vocab=['well', cls] if cls == 'ill' else [0, 1])
+
+def blob(y, x, r=3, size=24):
+    ys, xs = np.mgrid[:size, :size]
+    return ((ys-y)**2+(xs-x)**2 <= r*r).astype(float)
+
+def test_images_of_one_patient_are_one_witness():
+    "Each film twice: the same means, and with the patients known the intervals are no narrower; a film without a mask has no say"
+    rng = np.random.default_rng(0)
+    masks = [blob(*o) > 0 for o in rng.integers(4, 20, (12, 2))]
+    maps = [ndimage.gaussian_filter(m+rng.normal(size=m.shape), 2) for m in masks]
+    h, who = maps_of('a', *maps, *maps, maps[0]), [*range(12), *range(12), 99]
+    masks = masks*2+[None]
+    naive, known = localization(h, masks, 'ill'), localization(h, masks, 'ill', group=who)
+    assert (naive['mean'] == known['mean']).all() and (known.n == 24).all()
+    wide = (known.high-known.low)/(naive.high-naive.low)
+    assert wide['a', 'l', 'mass'] > 1.2 and wide['a', 'l', 'pointing'] > 1.2 and (wide.loc['a'] > .95).all()
+    values = measures_by_image(h, masks, 'ill')
+    assert mean_of_measures(values, of_rows(values, who)).equals(known)
+    for f, m in ((pointing_game, 'pointing'), (mass_in_mask, 'mass'), (iou, 'iou'), (iobb, 'iobb')):
+        assert f(h, masks, 'ill', group=who).loc['a', ['low', 'high']].tolist() == known.loc[('a', 'l', m), ['low', 'high']].tolist()
+
+def test_two_maps_on_the_same_films():
+    masks = [blob(y, 12) > 0 for y in range(4, 20)]
+    right, wrong = maps_of('right', *masks), maps_of('wrong', *[np.roll(m, 12, 1) for m in masks])
+    values = measures_by_image([right, wrong, maps_of('wrong', *masks, layer='m')], masks, 'ill', measures=('pointing', 'mass'))
+    d = paired(values, 'right', ('wrong', 'l'))
+    assert d.value.tolist() == [1, 1] and (d.p < .001).all() and (d.low.dropna() > .5).all() and d.index.tolist() == ['pointing', 'mass']
+    assert paired(values, ('wrong', 'l'), 'right').value.tolist() == [-1, -1]
+    by_patient = paired(values, 'right', 'noise', group=np.arange(16)//4)
+    assert by_patient.p.tolist() == pytest.approx([2/2**4]*2) # four patients
+    for name in 'left', 'wrong', ('right', 'm'):
+        with pytest.raises(ValueError, match='No one map'): paired(values, name, 'noise')
+
+def test_lesions_by_size_and_by_confidence():
+    "Nine lesions; the map finds the large ones, the network is sure of the small; films without a mask have no say"
+    sizes = [1, 1, 1, 3, 3, 3, 6, 6, 6]
+    masks = [None, *[blob(12, 12, r) > 0 for r in sizes]]
+    h = maps_of('a', *[blob(12, 12) if r == 6 else blob(2, 2) for r in (6, *sizes)], probs=[.1, *np.linspace(.95, .15, 9)])
+    values = measures_by_image(h, masks, 'ill', grow=0, measures=('pointing',))
+    t = by_lesion(values, h, masks, 'ill').loc[:, 'a', 'l', 'pointing']
+    assert t.index[:2].tolist() == ['all', 'found (from 0.5 on)'] and t.n.tolist() == [9, 5, 3, 3, 3, 3, 3, 3]
+    assert t['mean'].tolist() == pytest.approx([1/3, 0, 0, 0, 1, 1, 0, 0])
+    assert t.index[2].startswith('size % 0.9 to ') and t.index[-1].endswith(' to 0.95')
+    assert by_lesion(values, h, masks, 'ill', group=[*'xaaabbbccc']).loc[:, 'a', 'l', 'pointing'].high['all'] > t.high['all']
+    alike = [None]+[masks[1]]*9
+    assert len(by_lesion(measures_by_image(h, alike, 'ill', measures=('mass',)), h, alike, 'ill').loc[:, 'a']) == 5 # of one size: no parts
+
+# weights drawn anew
+
+def test_likeness_has_two_figures():
+    "The rank correlation of the raw maps, signs and all, and the SSIM of what speaks for the class; a flat map has neither"
+    rng = np.random.default_rng(0)
+    a = torch.tensor(ndimage.gaussian_filter(rng.normal(size=(3, 20, 20)), (0, 2, 2)), dtype=torch.float32)
+    assert likeness(a, a).to_numpy() == pytest.approx(1) and likeness(a, -a).spearman.to_numpy() == pytest.approx(-1) and (likeness(a, -a).ssim < .8).all()
+    t = likeness(a, torch.stack([a[0]**3, a[1]*0, -a[2].abs()]))
+    assert t.spearman[0] == pytest.approx(1) and t.ssim[0] < .99 and np.isnan(t.loc[1]).all() and np.isnan(t.ssim[2]) and not np.isnan(t.spearman[2])
+    assert mean_likeness(t)[3] == 2 and mean_likeness(t.loc[[1]])[3] == 0 and np.isnan(mean_likeness(t.loc[[1]])[0])
+    assert np.isnan(likeness(torch.rand(1, 4, 8, 8), torch.rand(1, 4, 8, 8)).ssim[0]) # of a volume
+
+def test_weights_drawn_several_times():
+    "The mean over seeds of each image's likeness; one seed as before; the weights are put back; another film's map beside the baselines"
+    net, x = TinyNet(2), torch.rand(4, 1, 32, 32, generator=torch.Generator().manual_seed(1))
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    one, other, both = (randomization(net, x, 1, '6', **kw) for kw in (dict(seed=1), dict(seeds=[2]), dict(seeds=[1, 2])))
+    rows = [o for o in one.index if o.startswith('from')]
+    assert both.loc[rows, 'mean'].to_numpy() == pytest.approx((one.loc[rows, 'mean']+other.loc[rows, 'mean']).to_numpy()/2, abs=1e-6)
+    assert ((both.ssim[rows] > 0) & (both.ssim[rows] < .5)).all()
+    assert one.index[len(rows):].tolist() == ['centre', 'noise', 'edges', 'another film'] and one.columns.tolist() == ['mean', 'low', 'high', 'n', 'ssim', 'ssim_low', 'ssim_high']
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    table = randomizations(net, x, 1, [('gradcam', '6'), ('eigencam', '5')], seeds=[1, 2])
+    assert table.loc['gradcam', '6'].equals(both) and table.index.names == ['map', 'layer', 'weights'] and (table.loc['eigencam', '5'].loc[['from 11 on', 'from 6 on'], 'mean'] > .99).all()
+    assert 'another film' not in randomization(net, x[:1], 1, '6').index
+
+# the model's answers
+
+class Left(nn.Module):
+    "Probability: the mean of the left half"
+    def __init__(self): super().__init__(); self.w = nn.Parameter(torch.ones(1))
+    def forward(self, x): s = self.w*x[:, 0, :, :x.shape[3]//2].mean((1, 2)); return torch.stack([1-s, s], 1)
+
+def same_score(s): return s
+
+def test_deletion_of_several_maps_by_patient():
+    "Of several methods at once as of each by itself; the interval goes by patients"
+    films = torch.ones(6, 1, 16, 16)*torch.linspace(.5, 1, 6).view(-1, 1, 1, 1)
+    left, right = (maps_of(o, *[blob(8, x, 3, 16)]*6, cls=1) for o, x in (('left', 3), ('right', 12)))
+    for h in left, right: h.images = films
+    kw = dict(steps=8, fill=0., act=same_score)
+    both = deletion(Left(), [left, right], 1, **kw)
+    assert both.index.tolist() == ['left', 'right', 'centre', 'noise', 'edges'] and both.loc['left', 'mean'] < both.loc['centre', 'mean'] < both.loc['right', 'mean']
+    assert deletion(Left(), right, 1, **kw).loc['right', ['mean', 'low', 'high']].tolist() == both.loc['right', ['mean', 'low', 'high']].tolist()
+    by = deletion(Left(), [left, right], 1, group=[0, 0, 0, 1, 1, 1], **kw)
+    assert (by['mean'] == both['mean']).all() and (by.high-by.low > both.high-both.low).all()
