@@ -29,7 +29,7 @@ from .localize import baselines, beside_baselines, mean_of_measures
 from .protocols import arun_ssim, arun_view
 from fastai.torch_core import no_random, to_np
 
-# %% ../nbs/api/31_faithful.ipynb #77866190
+# %% ../nbs/api/31_faithful.ipynb #7a77656d
 def brightness_rank(
     heat:np.ndarray, # Map (h, w)
 ) -> np.ndarray:     # float32 (h, w), in [0, 1): the share of pixels that go before; 0 for the brightest
@@ -78,7 +78,7 @@ def answers_by_image(
     columns = pd.MultiIndex.from_tuples(rows[0], names=['map', 'layer', 'measure'])
     return pd.DataFrame([list(o.values()) for o in rows], columns=columns)
 
-# %% ../nbs/api/31_faithful.ipynb #0b5fdc0d
+# %% ../nbs/api/31_faithful.ipynb #5bc2ac9f
 def curve_way(
     insert:bool=False,     # From the filled image to the image, rather than the other way?
     steps:int=20,          # Equal parts in which pixels change
@@ -193,7 +193,7 @@ def mean_likeness(
         return *mean_interval(values[known], group=None if group is None else np.asarray(group)[known]), known.sum()
     return *row(alike.spearman), *row(alike.ssim)[:3]
 
-# %% ../nbs/api/31_faithful.ipynb #222f0b16
+# %% ../nbs/api/31_faithful.ipynb #fcdf4a03
 def randomization(
     learn_or_model,        # Learner or `nn.Module`: what is to be explained
     items,                 # A path, a list of paths, or a batch (n, c, h, w)
@@ -221,7 +221,7 @@ def randomization(
     rows = {name: mean_likeness(o, group) for name, o in alike.items()}
     return pd.DataFrame.from_dict(rows, 'index', columns=_LIKENESS).rename_axis('weights')
 
-# %% ../nbs/api/31_faithful.ipynb #12c922d9
+# %% ../nbs/api/31_faithful.ipynb #61c7ce9a
 def randomizations(
     learn_or_model,        # As for `randomization`
     items,

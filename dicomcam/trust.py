@@ -3,3 +3,4 @@ from .data import *
 from .measures import *
 from .localize import *
 from .faithful import *
+from .road import *

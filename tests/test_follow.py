@@ -8,7 +8,9 @@ from dicomcam.faithful import deletion, likeness, mean_likeness, randomization, 
 from dicomcam.heatmaps import Heatmaps
 from dicomcam.localize import (by_lesion, iobb, iou, localization, mass_in_mask, mean_of_measures, measures_by_image, group_of_rows, paired,
                                pointing_game)
+from dicomcam.perturb import occlusion
 from dicomcam.plots import plot_forest, plot_forests
+from dicomcam.road import disagreement, imputed, occlusion_agreement, road, road_films, side_by_side
 from tiny import TinyNet
 
 @pytest.fixture(autouse=True)
@@ -145,3 +147,117 @@ def test_deletion_of_several_maps_by_patient():
     assert deletion(Left(), right, 1, **kw).loc['right', ['mean', 'low', 'high']].tolist() == both.loc['right', ['mean', 'low', 'high']].tolist()
     by = deletion(Left(), [left, right], 1, group=[0, 0, 0, 1, 1, 1], **kw)
     assert (by['mean'] == both['mean']).all() and (by.high-by.low > both.high-both.low).all()
+
+# ROAD
+
+def test_missing_pixels_worked_out_by_hand():
+    """1 4 1 / ? ? 4 / 1 4 1: the left one has five neighbours in the image, of weights 1/6, 1/6, 1/6, 1/12, 1/12; the middle one all eight.
+    a*2/3 = (1+1+m)/6 + (4+4)/12 and m = (4+4+4+a)/6 + 4/12, so a = (1+m/6)*3/2 = 1.5+m/4 and m = 7/3+a/6"""
+    x = torch.tensor([[[1., 4, 1], [9, 9, 4], [1, 4, 1]]])
+    missing = np.zeros((3, 3), bool)
+    missing[1, :2] = True
+    m = (7/3+1.5/6)/(1-1/24)
+    got = imputed(x, missing, noise=0)
+    assert got[0, 1, :2].tolist() == pytest.approx([1.5+m/4, m], abs=1e-6) and torch.equal(got[:, ~torch.tensor(missing)], x[:, ~torch.tensor(missing)])
+    assert x[0, 1, 0] == 9 and torch.equal(imputed(x, missing & False), x) # not in place
+    with pytest.raises(ValueError, match='All pixels are missing'): imputed(x, missing | True)
+
+def test_missing_pixels_as_pytorch_grad_cam_makes_them_up():
+    road_of = pytest.importorskip('pytorch_grad_cam.metrics.road')
+    rng = np.random.default_rng(0)
+    for size, share in (((9, 12), .2), ((20, 15), .6), ((16, 16), .95)):
+        x, missing = torch.tensor(rng.random((3, *size)), dtype=torch.float32), rng.random(size) < share
+        theirs = road_of.NoisyLinearImputer(noise=0)(x, torch.tensor(~missing, dtype=torch.float32))
+        assert torch.allclose(imputed(x, missing, noise=0), theirs, atol=1e-5)
+
+def test_road_as_pytorch_grad_cam_has_it(monkeypatch):
+    "ROADCombined, without its noise, of a map without ties"
+    metrics = pytest.importorskip('pytorch_grad_cam.metrics.road')
+    targets = pytest.importorskip('pytorch_grad_cam.utils.model_targets')
+    x, heat = torch.rand(2, 1, 20, 20, generator=torch.Generator().manual_seed(0)), np.random.default_rng(0).random((2, 20, 20)).astype(np.float32)
+    h = maps_of('a', *heat, cls=1)
+    h.images = x
+    monkeypatch.setattr(metrics.NoisyLinearImputer.__init__, '__defaults__', (0., None))
+    theirs = metrics.ROADCombined()(x, heat, [targets.ClassifierOutputTarget(1)]*2, Left())
+    assert road(Left(), h, 1, noise=0, act=same_score).loc['a', 'mean'] == pytest.approx(np.mean(theirs), abs=2e-3)
+
+def test_noise_is_on_what_was_made_up():
+    x, missing = torch.rand(2, 24, 24, generator=torch.Generator().manual_seed(0)), blob(12, 12, 9) > 0
+    plain, noisy = imputed(x, missing, 0), imputed(x, missing, .2)
+    off = (noisy-plain)[:, torch.tensor(missing)]
+    assert off.std().item() == pytest.approx(.2*x.std().item(), rel=.15) and torch.equal(noisy[:, torch.tensor(~missing)], x[:, torch.tensor(~missing)])
+    assert torch.equal(imputed(x, missing, .2), noisy) and not torch.equal(imputed(x, missing, .2, seed=1), noisy)
+
+def test_road_films():
+    "Exactly the share is made up, of ties too: the brightest first, then the darkest"
+    x, heat = torch.rand(1, 10, 10, generator=torch.Generator().manual_seed(0)), np.arange(100.).reshape(10, 10)
+    films = road_films(x, heat, (.1, .3), noise=.5)
+    changed = (films != x)[:, 0].flatten(1)
+    assert changed.sum(1).tolist() == [10, 30, 10, 30] and changed[0, 90:].all() and changed[1, 70:].all() and changed[2, :10].all() and changed[3, :30].all()
+    assert (road_films(x, heat*0, (.5,), noise=.5) != x).flatten(1).sum(1).tolist() == [50, 50]
+    for shares in (0,), (.5, 1):
+        with pytest.raises(ValueError, match='between 0 and 1'): road_films(x, heat, shares)
+
+def two_maps(n=14):
+    "Films whose left half the model looks at, a lesion on the right; a map that follows the model, and one that finds the lesion"
+    rng = np.random.default_rng(0)
+    left, right = [np.stack([blob(y, x, 3, 24) for y in rng.integers(6, 18, n)]) for x in (5, 18)]
+    films = torch.tensor(left+right+.05*rng.random((n, 24, 24)), dtype=torch.float32)[:, None]
+    def smooth(a): return ndimage.gaussian_filter(a, (0, 1, 1))
+    follows, finds = maps_of('follows', *smooth(left), cls=1), maps_of('finds', *smooth(right), cls=1)
+    for h in follows, finds: h.images = films
+    return follows, finds, [m > 0 for m in right]
+
+def test_road_tells_what_the_model_looks_at():
+    follows, finds, _ = two_maps()
+    t = road(Left(), [follows, finds], 1, shares=(.05, .2), act=same_score)
+    assert t.index.tolist() == ['follows', 'finds', 'centre', 'noise', 'edges'] and t.columns.tolist() == ['layer', 'mean', 'low', 'high', 'n']
+    assert t.low['follows'] > max(t.high['finds'], .02) and abs(t['mean']['noise']) < .01 and (t.n == 14).all()
+
+def test_agreement_with_occlusion():
+    follows, finds, _ = two_maps()
+    occluded = occlusion(Left(), follows.images, 1, fill=0., patch=4, act=same_score)
+    t = occlusion_agreement([follows, finds], occluded, 1, group=np.arange(14)//2)
+    assert t.low['follows'] > .5 > t.high['finds'] and t.ssim['follows'] > t.ssim['finds'] and t.columns.tolist()[:5] == ['layer', 'mean', 'low', 'high', 'n']
+    with pytest.raises(ValueError, match='the same ones'): occlusion_agreement(follows, occlusion(Left(), follows.images[:2], 1, act=same_score), 1)
+
+# side by side
+
+def test_side_by_side_says_where_the_two_disagree():
+    follows, finds, masks = two_maps()
+    occluded = occlusion(Left(), follows.images, 1, fill=0., patch=4, act=same_score)
+    r = side_by_side(Left(), [follows, finds], [None, *masks[1:]], 1, occluded=occluded, shares=(.05, .2), steps=4, act=same_score, group=np.arange(14))
+    assert r.table.index.tolist() == [('follows', 'l'), ('finds', 'l'), ('centre', ''), ('noise', ''), ('edges', '')]
+    assert r.table.columns.get_level_values(0).unique().tolist() == ['pointing', 'mass', 'auprc', 'deletion', 'insertion', 'road', 'occlusion']
+    assert r.table.pointing.loc[('finds', 'l')].tolist()[:1] == [1] and r.table.pointing.n.eq(13).all() and r.table.road.n.eq(14).all()
+    assert r.table.deletion.loc[('finds', 'l')].tolist() == deletion(Left(), finds, 1, steps=4, act=same_score).loc['finds'].tolist()[1:]
+    assert r.sentence.startswith('finds at layer l has the best pointing (1.00). The map that finds the lesion best is not the one that the model follows most: '
+                                 'follows at layer l is behind by 1.00 in pointing, and ahead by ')
+    assert 'road' in r.sentence.split('ahead by')[1].split('.')[0]
+    assert len(plot_forests(r.forests()).axes) == 7
+    table, values = mean_of_measures(r.values), r.values
+    assert table['mean'].to_numpy() == pytest.approx([r.table.loc[k[:2], (k[2], 'mean')] for k in values])
+
+def answers(**maps):
+    "Values of one layer each, a measure each"
+    return pd.DataFrame({(m, '' if m == 'noise' else 'l', k): v for m, o in maps.items() for k, v in o.items()}).rename_axis(columns=['map', 'layer', 'measure'])
+
+def test_what_is_not_proven_is_not_said():
+    rng = np.random.default_rng(0)
+    base = rng.random(20)
+    hit, miss, some = [1]*20, [0]*20, [1]*11+[0]*9
+    a, b = dict(pointing=hit, deletion=base), dict(pointing=miss, deletion=base-.2)
+    assert 'b at layer l is behind by 1.00 in pointing, and ahead by deletion' in disagreement(answers(a=a, b=b))
+    assert disagreement(answers(a=a, b=b | dict(deletion=base+rng.normal(size=20)))).endswith('By deletion no map is proven to be followed more than it.')
+    near = disagreement(answers(a=a, b=b | dict(pointing=[1]*19+[0])))
+    assert 'The model follows b at layer l more, by deletion; in pointing the two are not told apart (difference 0.05).' in near
+    alone = disagreement(answers(a=a))
+    assert alone == 'a at layer l has the best pointing (1.00). By deletion no map is proven to be followed more than it.'
+    assert 'by deletion a map that knows nothing of the model comes first (noise)' in disagreement(answers(a=a, noise=dict(pointing=some, deletion=base-.1))).replace('By', 'by')
+    many = answers(a=a, **{f'm{i}': dict(pointing=[1]*13+[0]*7, deletion=base+1) for i in range(40)}, b=b | dict(pointing=[1]*14+[0]*6))
+    assert disagreement(answers(a=a, b=b | dict(pointing=[1]*13+[0]*7))).count('is not the one') == 1 and disagreement(many).count('is not the one') == 0 # the best of 42 is no surprise
+
+def test_films_of_one_patient_prove_no_more():
+    "Six films of two patients"
+    a, b = dict(pointing=[1]*12, road=np.linspace(.1, .2, 12)), dict(pointing=[0]*12, road=np.linspace(.3, .5, 12))
+    assert 'is not the one' in disagreement(answers(a=a, b=b)) and 'is not the one' not in disagreement(answers(a=a, b=b), group=[0]*6+[1]*6)
