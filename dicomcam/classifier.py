@@ -123,6 +123,7 @@ class _Model:
         self.act = act or _of_loss(nested_attr(self.learn, 'loss_func'))
         self.output = output
         self.vocab = nested_attr(self.learn, 'dls.vocab')
+        self.parts: tuple|None = None # what tells the model from one with other layers, where somebody looked
 
     @property
     def like(self) -> Tensor:
@@ -236,7 +237,8 @@ class Classifier(_Named):
         probs, by_class = self.probs(scores), two_sided(scores)
         names = self.names(probs.shape[1])
         chosen = self.positions(classes, len(names))
-        scored = [(score_of or _gathered)(by_class, torch.full_like(probs[:, 0], o, dtype=torch.long)) for o in chosen]
+        def every(k): return torch.full_like(probs[:, 0], k, dtype=torch.long)
+        scored = [score_of(by_class, every(k)) if score_of else by_class[:, k] for k in chosen]
         return Asked(scored, [names[o] for o in chosen], probs[:, chosen], names)
 
     def _columns(self, target, first, probs):

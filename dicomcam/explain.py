@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import compress
 from weakref import WeakKeyDictionary
 
 import numpy as np, torch
@@ -40,7 +41,7 @@ def as_found(
 ) -> Iterator[None]:
     """Inside: evaluation mode, frozen parameters, autograd on, fixed seeds, and no other thread. Afterwards all is as
     it was, in any case."""
-    with _lock, _frozen(model): yield
+    with _alone(), _frozen(model): yield
 
 # %% ../nbs/api/27_explain.ipynb #725060cb
 def _modules(model):
@@ -56,35 +57,41 @@ def _modules(model):
 @contextmanager
 def _seeded():
     "Fixed seeds inside; afterwards the random states are the caller's."
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(gpus):
-        random.seed(42)
-        np.random.seed(42)
-        torch.default_generator.manual_seed(42) # `torch.manual_seed` costs a hundred times as much without a GPU
-        if gpus: torch.cuda.manual_seed_all(42)
-        try: yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+    gpu = torch.cuda.is_initialized()
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    gpus = torch.cuda.get_rng_state_all() if gpu else []
+    random.seed(42)
+    np.random.seed(42)
+    torch.default_generator.manual_seed(42) # `torch.manual_seed` costs a hundred times as much without a GPU
+    if gpu: torch.cuda.manual_seed_all(42)
+    try: yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if gpu: torch.cuda.set_rng_state_all(gpus)
+
+@contextmanager
+def _alone():
+    "What `as_found` does apart from the model."
+    with _lock, _seeded(), torch.inference_mode(False), torch.enable_grad(): yield
 
 @contextmanager
 def _frozen(model):
-    "What `as_found` does for the one thread that is inside. Nothing is set that is set already."
+    "What `as_found` does to the model, whose modules it yields. Nothing is set that is set already."
     modules = _modules(model)
-    modes = [(m, m.training) for m in modules]
-    grads = [(p, p.requires_grad) for m in modules for p in m._parameters.values() if p is not None]
-    with _seeded(), torch.inference_mode(False), torch.enable_grad():
-        try:
-            if any(was for _, was in modes): model.eval()
-            for p, was in grads:
-                if was: p.requires_grad_(False)
-            yield
-        finally:
-            for m, was in modes:
-                if m.training != was: m.training = was
-            for p, was in grads:
-                if p.requires_grad != was: p.requires_grad_(was)
+    modes = [m.training for m in modules]
+    parameters = [p for m in modules for p in m._parameters.values() if p is not None]
+    learn = [p.requires_grad for p in parameters]
+    try:
+        if any(modes): model.eval()
+        for p in compress(parameters, learn): p.requires_grad = False
+        yield modules
+    finally:
+        for m, was in zip(modules, modes):
+            if m.training != was: m.training = was
+        for p, was in zip(parameters, learn):
+            if p.requires_grad != was: p.requires_grad = was
 
 # %% ../nbs/api/27_explain.ipynb #6f37ddf2
 def swapped(
@@ -129,23 +136,23 @@ def inputs_of(
 # %% ../nbs/api/27_explain.ipynb #1de55b38
 _traces: WeakKeyDictionary = WeakKeyDictionary() # model -> what is remembered of it, by key
 
-def _remembered(model, key, make):
-    "What `make` gives, once for each model and key."
-    known = _traces.setdefault(model, {})
+def _parts(modules):
+    "What tells a network from what it becomes when parts of it are replaced."
+    return tuple(map(id, modules))
+
+def _remembered(c, xb, what, make):
+    "What `make` gives, once for each model, its parts and the shape of its images."
+    known = _traces.setdefault(c.model, {})
+    key = what, xb.shape[1:], xb.dtype, c.parts or _parts(_modules(c.model))
     if key not in known: known[key] = make()
     return known[key]
-
-def _parts(model):
-    "What tells a network from what it becomes when parts of it are replaced."
-    return tuple(map(id, _modules(model)))
 
 def trace_of(
     c:Classifier,
     xb:Tensor,    # A batch
 ) -> Trace:
     "What the layers of the model do with images such as these."
-    key = xb.shape[1:], xb.dtype, _parts(c.model)
-    return _remembered(c.model, key, lambda: Trace(c.model, c.run, xb[:1].clone()))
+    return _remembered(c, xb, 'trace', lambda: Trace(c.model, c.run, xb[:1].clone()))
 
 def own_layer(
     c:Classifier,
@@ -162,7 +169,7 @@ def own_layer(
             except ValueError: pass
         return last_place(trace_of(c, xb), score, torch.rand_like(xb[:1]))
     if callable(target): return find() # which layers it depends on is its own affair
-    return _remembered(c.model, (xb.shape[1:], xb.dtype, c.output, _parts(c.model)), find)
+    return _remembered(c, xb, ('layer', c.output), find)
 
 # %% ../nbs/api/27_explain.ipynb #05cd29ca
 _NO_WAY_BACK = CropPad, RandomResizedCrop, RandomResizedCropGPU, RatioResize
@@ -206,7 +213,9 @@ class RawMaps:
 
 def _check_finite(maps, of):
     "Raise ValueError for images whose maps or scores are not finite."
-    finite = [t.isfinite().flatten(1).all(1) for t in (*maps.raw, maps.asked.values)]
+    numbers = *maps.raw, maps.asked.values
+    if all(t.isfinite().all() for t in numbers): return
+    finite = [t.isfinite().flatten(1).all(1) for t in numbers]
     bad = (~torch.stack(finite).all(0)).nonzero()[:, 0].tolist()
     if not bad: return
     which = ', '.join(str(of(i)) for i in bad[:3])
@@ -232,12 +241,14 @@ def explained(
     c, first = Classifier(learn_or_model, act, output), 0
     norm, batches = _normalize(c.learn), None
     while True:
-        with as_found(c.model):
+        with _alone():
             if batches is None: files, batches = c.batches(items)
             xb = next(batches, None)
             if xb is None: return _check_targets(getattr(maps_of, 'target', None), first)
             seen = xb.cpu().float() # a copy on the CPU too, where the network may change its input in place
-            maps = maps_of(c, xb.clone(), first)
+            with _frozen(c.model) as modules:
+                c.parts = _parts(modules)
+                maps = maps_of(c, xb.clone(), first)
             of_batch = files[first:first+len(xb)] if files else None
             _check_finite(maps, lambda i: of_batch[i] if of_batch else f'image {first+i}')
             raw = [o.detach().float().cpu() for o in maps.raw]
@@ -257,6 +268,7 @@ def explain(
     "`Heatmaps` of all `items` at once."
     parts = list(explained(learn_or_model, items, *args, **kw))
     if not parts: raise ValueError('No image: there is nothing to explain.')
+    if len(parts) == 1: return parts[0]
     with torch.inference_mode(False): return joined(parts) # the caller's inference mode would mark what is made
 
 def _normalize(learn):

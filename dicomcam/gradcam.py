@@ -73,7 +73,9 @@ def _derivatives(scores, acts, keep_graph, grad):
     total = scale*scores.sum()
     gs = torch.autograd.grad(total, acts, retain_graph=keep_graph or twice, create_graph=twice, allow_unused=True)
     with_second = [(g, _bend(g, act)) if twice and g is not None else (g,) for g, act in zip(gs, acts)]
-    return [[o if o is None else _wide(o.detach())/scale for o in of_layer] for of_layer in with_second]
+    return [[o if o is None else _unscaled(o, scale) for o in of_layer] for of_layer in with_second]
+
+def _unscaled(g, scale): return _wide(g.detach()) if scale == 1 else _wide(g.detach())/scale
 
 def _bend(g, act):
     "The Hessian times `act`, of the gradient `g` with respect to it."

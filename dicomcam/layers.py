@@ -92,6 +92,7 @@ class _Trace:
         self.names = {id(module): name for name, module in model.named_modules()}
         self.shuffled = any(type(module).__name__ == 'Unroll' for module in model.modules())
         self.seen: dict[str, Seen] = {} # in the order in which layers end
+        self.read: dict[tuple, Layout] = {} # (layer, kind) -> how it is read
         self.width, self.last, self.tokens = None, False, set() # so far
         with torch.enable_grad(), ExitStack() as hooks: # with a gradient, as later: some layers go another way without
             for module in model.modules(): hooks.enter_context(module.register_forward_hook(self._note))
@@ -130,6 +131,11 @@ class Trace(_Trace):
         kind:str=None,    # Its layout, if that is known
     ) -> Layout:
         "What the layer's output is. Raises ValueError where it has no positions, or could be read in several ways."
+        if (name, kind) not in self.read: self.read[name, kind] = self._the_layout(name, kind)
+        return self.read[name, kind]
+
+    def _the_layout(self, name, kind):
+        "The same, found out."
         seen, found = self.seen.get(self.names[id(self.model.get_submodule(name))]), self.layouts(name, kind)
         if seen is None: why = 'did not run'
         elif seen.runs > 1: why = f'ran {seen.runs} times in one forward pass'
