@@ -20,7 +20,8 @@ from .heatmaps import Heatmaps
 from .methods import METHODS
 from .cam import cam_maps
 from .gradcam import gradcam_maps
-from .perturb import channel_maps, heatmaps_by, occlusion_maps
+from .explain import heatmaps_by
+from .perturb import channel_maps, occlusion_maps
 from .gradients import gradient_x_input_maps, integrated_gradients_maps
 from .smooth import smoothed
 

@@ -8,6 +8,8 @@ Docs: https://dicomcam.github.io/dicomcam/api/classifier.html.md"""
 __all__ = ['two_sided', 'Asked', 'unwrapped', 'Classifier']
 
 # %% ../nbs/api/26c_classifier.ipynb #fc9977ab
+import re
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -42,48 +44,77 @@ _OF_LOSS = {nn.CrossEntropyLoss: _softmax, F.cross_entropy: _softmax, nn.NLLLoss
     nn.BCEWithLogitsLoss: torch.sigmoid, F.binary_cross_entropy_with_logits: torch.sigmoid,
     nn.MultiLabelSoftMarginLoss: torch.sigmoid, nn.BCELoss: _same, F.binary_cross_entropy: _same}
 
-_OF_FUNCTION = dict(softmax=_same, sigmoid=_same, sigmoid_=_same, log_softmax=torch.exp, log_sigmoid=torch.exp,
-    special_expit=_same, hardsigmoid=_same, special_log_softmax=torch.exp, special_softmax=_same)
-
-_SAME_NUMBERS = {'clone', 'contiguous', 'to', 'type', 'float', 'double', 'half', 'bfloat16', 'clamp', 'clip', 'detach',
-    'cpu', 'cuda'} # functions that leave a probability one
-
 def _of_loss(loss):
     "From scores to probabilities, as the loss has it; None: it does not say."
     if loss is None: return None
     named = loss if loss in _OF_LOSS else type(loss)
     return getattr(loss, 'activation', None) or _OF_LOSS.get(named)
 
+# %% ../nbs/api/26c_classifier.ipynb #clacd004
+_PROBS = {'softmax', 'sigmoid', 'hardsigmoid', 'specialexpit', 'specialsoftmax'}
+_LOGS = {'logsoftmax', 'logsigmoid', 'speciallogsoftmax'}
+_SUMS, _INVERSES, _QUOTIENTS = {'add', 'radd', 'sum'}, {'reciprocal', 'rdiv', 'rtruediv', 'pow'}, {'div', 'truediv'}
+_SAME_NUMBERS = set('''clone contiguous to tocopy type float double half bfloat16 clamp clip detach cpu cuda getitem
+    slice select view unsafeview reshape reshapealias alias squeeze unsqueeze flatten unflatten'''.split())
+_MEANS = {'mean', 'stack', 'cat', 'add', 'mul', 'div', 'truediv', 'rsub'} # probabilities, if of nothing but these
+_KNOWN = _PROBS | _LOGS | {'exp'} | _SUMS | _INVERSES | _QUOTIENTS | _SAME_NUMBERS | _MEANS
+
+def _plain(name):
+    "Of a function or of a node."
+    return re.sub(r'Backward\d+$', '', name).replace('_', '').lower()
+
+def _kind(name, of):
+    "What a function returns, given such kinds: 'probs', 'logs' of these, 'exp', a 'sum' with such; None: another."
+    if name in _PROBS: return 'probs'
+    if name in _LOGS: return 'logs'
+    if name == 'exp': return 'probs' if of == ['logs'] else 'exp'
+    if name in _SUMS and 'exp' in of: return 'sum'
+    if name in _INVERSES and of == ['sum'] or name in _QUOTIENTS and of == ['exp', 'sum']: return 'probs'
+    if name in _SAME_NUMBERS: return of[0] if of else None
+    return 'probs' if name in _MEANS and set(of) == {'probs'} else None
+
+_ACT = dict(probs=_same, logs=torch.exp)
+
+def _act(kind, out):
+    "From `out` to probabilities; None: nobody knows."
+    if kind == 'probs' and not ((out >= 0) & (out <= 1)).all(): return None
+    return _ACT.get(kind)
+
+# %% ../nbs/api/26c_classifier.ipynb #clacd005
+def _tensors(o):
+    "Those in an argument of a function."
+    return [t for t in (o if isinstance(o, (tuple, list)) else [o]) if isinstance(t, Tensor)]
+
 class _Final(TorchFunctionMode):
-    "Notes what softmax and its like return; `act` tells what is left to do with an output."
+    "Notes the kinds of what functions return."
     def __init__(self):
         super().__init__()
-        self.result, self.of_result = None, None # of the last of them
+        self.last = deque(maxlen=8) # (tensor, kind) of the last that are of a kind
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **kwargs or {})
-        name = getattr(func, '__name__', None)
-        act = _OF_FUNCTION.get(name)
-        given = args[0] if args else (kwargs or {}).get('input')
-        if name in _SAME_NUMBERS and isinstance(given, Tensor) and self.act(given): act = self.of_result
-        if act: self.result, self.of_result = result, act
+        result, name = func(*args, **kwargs or {}), _plain(getattr(func, '__name__', ''))
+        if name not in _KNOWN or not isinstance(result, Tensor): return result
+        given = chain.from_iterable(map(_tensors, (*args, *(kwargs or {}).values())))
+        kind = _kind(name, [self.kind(o) for o in given])
+        if kind: self.last.append((result, kind))
         return result
 
-    def act(self, out):
-        "From `out` to probabilities; None: it is what none of them returned, nor another shape of that."
-        return self.of_result if self.result is not None and any(o is self.result for o in (out, out._base)) else None
+    def kind(self, t):
+        "Of a tensor, or of what it is another shape of."
+        return next((kind for o, kind in reversed(self.last) if o is t or o is t._base), None)
 
-_OF_NODE = dict(SoftmaxBackward0=_same, SigmoidBackward0=_same, LogSoftmaxBackward0=torch.exp,
-    LogSigmoidBackward0=torch.exp, HardsigmoidBackward0=_same)
+    def act(self, out): return _act(self.kind(out), out)
 
-_SAME_NODES = {f'{o}Backward0' for o in ('Clone', 'ToCopy', 'Clamp', 'Slice', 'Select', 'View', 'UnsafeView', 'Squeeze',
-    'Unsqueeze', 'ReshapeAlias', 'Alias')} | {'ClampBackward1', 'SqueezeBackward1'} # the same numbers, or some of them
+def _node_kind(node, most=6):
+    "The same, of a node of autograd's graph, which knows the last operations: nobody has to watch."
+    name = _plain(node.name())
+    if name not in _KNOWN or not most: return None
+    return _kind(name, [_node_kind(o, most-1) for o, _ in node.next_functions if o])
 
 def _of_graph(out):
-    "The same, of an output that has a graph: that knows its last operations, and nobody has to watch."
+    "From `out` to probabilities; None: its graph does not tell."
     node = (out if out._base is None else out._base).grad_fn
-    while node and node.name() in _SAME_NODES: node = node.next_functions[0][0]
-    return node and _OF_NODE.get(node.name())
+    return node and _act(_node_kind(node), out)
 
 # %% ../nbs/api/26c_classifier.ipynb #d61f5d03
 @dataclass

@@ -6,7 +6,7 @@ Docs: https://dicomcam.github.io/dicomcam/api/explain.html.md"""
 
 # %% auto #0
 __all__ = ['as_found', 'swapped', 'outputs_of', 'inputs_of', 'trace_of', 'own_layer', 'view_of', 'RawMaps', 'explained',
-           'explain', 'Classifier']
+           'explain', 'heatmaps_by', 'Classifier']
 
 # %% ../nbs/api/27_explain.ipynb #c8239360
 import random, threading
@@ -270,6 +270,20 @@ def explain(
     if not parts: raise ValueError('No image: there is nothing to explain.')
     if len(parts) == 1: return parts[0]
     with torch.inference_mode(False): return joined(parts) # the caller's inference mode would mark what is made
+
+def heatmaps_by(
+    learn_or_model:Learner|nn.Module,
+    items,             # What holds the images; see `as_batches`
+    maps_of:Callable,  # (Classifier, batch, number of its first image) -> `RawMaps`
+    method:str,        # What to call it
+    act=None,          # From scores to probabilities; see `Classifier`
+    output=None,       # Key of the scores in what the model returns, if that is a dict or tuple
+    layers=None,       # As the caller gave them, one or several
+    batches:bool=False,# An iterator over `Heatmaps` of a batch each?
+) -> Heatmaps|Iterator[Heatmaps]:
+    "`explain` or, batch by batch, `explained`."
+    asked = None if layers is None else as_list(layers)
+    return (explained if batches else explain)(learn_or_model, items, maps_of, method, act, output, asked)
 
 def _normalize(learn):
     "fastai's `Normalize`, if there is a Learner whose batches go through it."

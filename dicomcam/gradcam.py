@@ -17,12 +17,11 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import CheckpointError
 
 from .heatmaps import Heatmaps, as_list
 from .layers import layer_name
 from .classifier import Classifier
-from .explain import RawMaps, own_layer, explain, explained, outputs_of, trace_of
+from .explain import RawMaps, heatmaps_by, outputs_of, own_layer, trace_of
 from .methods import METHODS, SCORES, cam_method
 from fastai.learner import Learner
 
@@ -119,6 +118,10 @@ def layer_output(
     return out
 
 # %% ../nbs/api/29_gradcam.ipynb #177709af
+_CHECKPOINTED = ('parts of the model run again on the way back (activation checkpointing), which loses the layer. '
+    'Switch that off: it saves memory in training only. (In timm: model.set_grad_checkpointing(False); in '
+    'transformers: model.gradient_checkpointing_disable().)')
+
 @dataclass
 class _GradCam:
     "Raw maps of one batch, for `explained`."
@@ -140,8 +143,9 @@ class _GradCam:
             asked = c.asked(xb, self.classes, self.target, first, self.score_of, self.grad > 0)
         acts = [layer_output(outputs, o, len(xb)) for o in self.names]
         try: maps = [self._maps(score, acts, layouts, score is not asked.scores[-1]) for score in asked.scores]
-        except CheckpointError: # the network runs parts of itself again on the way back
-            if not self.lean: raise
+        except RuntimeError as e: # the network runs parts of itself again on the way back
+            if 'checkpoint' not in str(e): raise
+            if not self.lean: raise ValueError(f'{", ".join(self.names)}: {_CHECKPOINTED}') from e
             self.lean = False
             return self(c, xb, first)
         return RawMaps([torch.stack(o, 1) for o in zip(*maps)], asked, self.names)
@@ -152,7 +156,7 @@ class _GradCam:
         for name, act, layout, of_act in zip(self.names, acts, layouts, derivatives):
             if self.grad and of_act[0] is None:
                 raise ValueError(f'The scores do not depend on layer {name} in a way that autograd can follow. '
-                    'Name a layer on the way to them.')
+                    'Name a layer on the way to them; switch activation checkpointing off, if the model has it on.')
             laid = (o if o is None else layout(o) for o in of_act)
             maps.append(_method_map(self.map_of, layout(_wide(act.detach())), *laid))
         return maps
@@ -203,5 +207,4 @@ def gradcam(
     have maps of their own axes. Raises ValueError for an unknown method, layer or class, and for a layer whose output
     has no positions, could be read in several ways, or has no influence on the scores."""
     maps_of = gradcam_maps(learn_or_model, classes, layers, method, target, layout)
-    asked = None if layers is None else as_list(layers)
-    return (explained if batches else explain)(learn_or_model, items, maps_of, method, act, output, asked)
+    return heatmaps_by(learn_or_model, items, maps_of, method, act, output, layers, batches)

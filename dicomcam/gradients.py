@@ -16,8 +16,8 @@ from fastai.learner import Learner
 from torch import nn
 
 from .heatmaps import Heatmaps
-from .explain import RawMaps
-from .perturb import Asking, filled, heatmaps_by
+from .explain import RawMaps, heatmaps_by
+from .perturb import Asking, filled
 
 # %% ../nbs/api/29c_captum.ipynb #fed320b4
 def _captum():

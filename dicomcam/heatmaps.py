@@ -46,9 +46,10 @@ def find_class(
     names:Sequence, # Of the classes
 ) -> int:
     "Position of a class in `names`. Raises ValueError with what there is instead."
-    if cls in names: return names.index(cls)
-    if isinstance(cls, (int, np.integer)) and -len(names) <= cls < len(names): return int(cls) % len(names)
-    known = ', '.join(map(str, names)) if len(names) <= 20 else f'{len(names)}, from 0 to {len(names)-1}'
+    truth, n = isinstance(cls, (bool, np.bool_)), len(names) # True is equal to 1, and yet no number of a class
+    if cls in ([o for o in names if isinstance(o, (bool, np.bool_))] if truth else names): return names.index(cls)
+    if isinstance(cls, (int, np.integer)) and not truth and -n <= cls < n: return int(cls) % n
+    known = ', '.join(map(str, names)) if n <= 20 else f'{n}, from 0 to {n-1}'
     raise ValueError(f'No class {cls!r}; there are {known}.')
 
 # %% ../nbs/api/25_heatmaps.ipynb #a1331e34

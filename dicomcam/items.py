@@ -49,7 +49,8 @@ def _listed(items):
 def _checked(items):
     "What a Learner's transforms take: files that are there, arrays. Raises ValueError or FileNotFoundError."
     if not items: raise ValueError('No items: pass a path, a list of paths or a batch (n, c, h, w).')
-    items = [np.asarray(o) if isinstance(o, Image.Image) else o for o in items]
+    def array(im): return np.asarray(im.convert('RGB') if im.mode == 'P' else im) # a palette's numbers are no colours
+    items = [array(o) if isinstance(o, Image.Image) else o for o in items]
     files = [Path(o) for o in items if isinstance(o, (str, Path))]
     gone = [o for o in files if not o.is_file()]
     if gone: raise FileNotFoundError(f'{gone[0]}: no such file ({len(gone)} of {len(files)} are missing).')

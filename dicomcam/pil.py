@@ -33,10 +33,13 @@ class PILDicom(PILBase):
         mode=None, # 'F' or 'RGB' for images all of one kind; None: as the file is
         **kwargs   # `frame`, `window`, `size`, `max_pixels` of `dicom_pixels`
     ) -> 'PILDicom':
-        "Open a DICOM image, with the pixels of `dicom_pixels`. Raises `DicomError`."
+        "Open a DICOM image, with the pixels of `dicom_pixels`. Raises `DicomError`, and ValueError for another shape."
         if isinstance(fn, Image.Image): return cls(fn.convert(mode) if mode else fn)
         if not isinstance(fn, np.ndarray): x = dicom_pixels(fn, **kwargs)
         else: x = fn/np.iinfo(fn.dtype).max if fn.dtype.kind in 'iu' else fn
+        if x.ndim != 2 and x.shape[2:] != (3,):
+            raise ValueError(f'An image is (rows, columns), or in colour (rows, columns, 3), not {x.shape}. '
+                "Of an image of Pillow, im.convert('RGB') makes one.")
         if x.ndim == 2 and mode == 'RGB': x = np.repeat(x[..., None], 3, -1)
         if x.ndim == 3 and mode == 'F': x = x @ np.array([.299, .587, .114], np.float32)
         return cls(Image.fromarray(np.float32(x) if x.ndim == 2 else np.uint8(np.round(x*255))))

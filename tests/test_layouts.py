@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from dicomcam.cam import cam
 from dicomcam.faithful import deletion, randomization, randomized
 from dicomcam.gradcam import gradcam
+from dicomcam.heatmaps import find_class
 from dicomcam.perturb import occlusion
 from dicomcam.methods import METHODS
 from dicomcam.pixels import dicom_pixels
@@ -332,12 +333,14 @@ def test_weights_that_are_nan(f):
 
 class Again(nn.Module):
     "Its last stages run again on the way back"
-    def __init__(self, again): super().__init__(); self.net, self.again = TinyNet(3, c_in=3), again
+    def __init__(self, again, reentrant=False):
+        super().__init__()
+        self.net, self.again, self.reentrant = TinyNet(3, c_in=3), again, reentrant
     def forward(self, x):
         net = list(self.net)
         first, again, last = (nn.Sequential(*o) for o in (net[:5], net[5:8], net[8:]))
         x = first(x)
-        return last(checkpoint(again, x, use_reentrant=False) if self.again else again(x))
+        return last(checkpoint(again, x, use_reentrant=self.reentrant) if self.again else again(x))
 
 @pytest.mark.parametrize('n', [2, 6])
 @pytest.mark.parametrize('layers', [None, ['net.4'], ['net.4', 'net.6']])
@@ -541,3 +544,34 @@ def test_volumes_have_no_boxes():
     h = gradcam(net, torch.rand(1, 1, 8, 8, 8))
     with pytest.raises(ValueError, match='Volumes and signals have no boxes'): h.boxes(0)
     with pytest.raises(ValueError, match='Volumes and signals'): deletion(net, h, 0)
+
+@pytest.mark.parametrize('end', [lambda z: 1/(1+torch.exp(-z)), lambda z: (1+(-z).exp()).reciprocal(), lambda z: (1+torch.exp(-z))**-1, lambda z: z.exp()/(1+z.exp()),
+    lambda z: z.exp()/z.exp().sum(1, keepdim=True), lambda z: z.log_softmax(1).exp(), lambda z: torch.stack([z.softmax(1), (2*z).softmax(1)]).mean(0),
+    lambda z: (z.sigmoid()+(2*z).sigmoid())/2, lambda z: 1-z.sigmoid()])
+def test_probabilities_by_hand_are_not_squashed_again(end): test_probabilities_in_other_spellings_are_not_squashed_again(end)
+
+@pytest.mark.parametrize('end', [lambda z: z.exp()/2, lambda z: z/(1+z.exp()), lambda z: z.softmax(1)*z, lambda z: 4*z.sigmoid(), lambda z: 1+z.exp(), lambda z: z.exp()])
+def test_what_only_looks_like_a_probability(end):
+    torch.manual_seed(0)
+    net, x = Finished(end).eval(), torch.rand(2, 1, 8, 8)
+    for h in gradcam(net, x), gradcam(net, x, layers='conv'), occlusion(net, x): assert torch.equal(h.probs, net(x).detach().softmax(1))
+
+@pytest.mark.parametrize('cls', [True, False, np.True_, [0, True]])
+def test_yes_and_no_are_no_classes(cls):
+    for how in dict(classes=cls), dict(target=[cls]*2):
+        with pytest.raises(ValueError, match='No class .*there are 0, 1'): gradcam(TinyNet(), torch.rand(2, 1, 64, 64), **how)
+    assert find_class(True, [False, True]) == 1 # where a class is called so
+
+@pytest.mark.parametrize('mode', ['RGBA', 'LA', 'CMYK'])
+def test_an_image_of_four_channels(tiny_learner, mode):
+    with pytest.raises(ValueError, match=r"\(rows, columns, 3\), not .*im.convert\('RGB'\)"): gradcam(tiny_learner, Image.new(mode, (64, 64)))
+
+def test_a_palette_is_not_its_numbers(tiny_learner):
+    im = Image.fromarray(np.arange(64*64).reshape(64, 64).astype(np.uint8)).convert('RGB').quantize(8)
+    assert torch.equal(gradcam(tiny_learner, im).images, gradcam(tiny_learner, im.convert('RGB')).images)
+
+@pytest.mark.parametrize('reentrant, layers', [(False, 'net.6'), (True, 'net.4'), (True, 'net.6')])
+@pytest.mark.filterwarnings('ignore:None of the inputs')
+def test_layers_that_checkpointing_loses(reentrant, layers):
+    with pytest.raises(ValueError, match=f'(?i)^[^\n]*{layers}[^\n]*switch (that|activation checkpointing) off[^\n]*$'):
+        gradcam(Again(True, reentrant), batch(6, size=64), layers=layers)
