@@ -46,7 +46,7 @@ class _Scale(torch.autograd.Function):
         scale, weight = ctx.saved_tensors
         per_channel = -1, *[1]*(g.ndim-2)
         res = g*scale.view(per_channel)
-        if weight is not None: res = res*weight.view(per_channel)
+        if weight is not None: res *= weight.view(per_channel) # one rounding after the other, as torch has it
         return res.to(g.dtype), None, None, None, None, None
 
 # %% ../nbs/api/29_gradcam.ipynb #13225b3c
