@@ -8,7 +8,7 @@ Docs: https://dicomcam.github.io/dicomcam/api/passport.html.md"""
 __all__ = ['FIGURES', 'Figure', 'published', 'readable_predictions', 'as_findings', 'passport_values', 'Say', 'judged',
            'html_page', 'Passport', 'passport']
 
-# %% ../nbs/api/33b_passport.ipynb #0438c0fe
+# %% ../nbs/api/33b_passport.ipynb #ce166228
 import json, warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,15 +36,16 @@ from .plots import plot_forest
 from .prior import LesionPrior, lesion_prior
 from .heatmaps import find_class, read_mask
 from .attribution import attribute
+from .methods import METHODS
 from .measures import MEASURES
 from .localize import baselines
 from .choice import chosen, shown_by, training_prior
 from .protocols import (arun_localization, box_overlap, chexlocalize_hit, chexlocalize_iou,
     chexlocalize_segmentation, reachable, wang_boxes)
-from .faithful import deletion, insertion
+from .faithful import answers_by_image, curve_way, likeness, randomized
 from .pictures import plot_uri
 
-# %% ../nbs/api/33b_passport.ipynb #7c3b115a
+# %% ../nbs/api/33b_passport.ipynb #95deafeb
 class Figure(NamedTuple):
     "One line of a passport."
     name:str    # What it measures
@@ -68,9 +69,11 @@ FIGURES = dict(
     **{f'wang_false_{t:g}': Figure(f'Wang: false boxes a film at T(IoBB) = {t:g}', -1, 'Wang et al. 2017, table 4')
         for t in (.1, .25, .5)},
     deletion=Figure('probability as the brightest pixels go', -1, 'deletion (Petsiuk et al. 2018)'),
-    insertion=Figure('probability as the brightest pixels come', 1, 'insertion (Petsiuk et al. 2018)'))
+    insertion=Figure('probability as the brightest pixels come', 1, 'insertion (Petsiuk et al. 2018)'),
+    drawn_spearman=Figure('rank correlation with the map of random weights', -1, 'Adebayo et al. 2018'),
+    drawn_ssim=Figure('SSIM with the map of random weights', -1, 'Adebayo et al. 2018'))
 
-# %% ../nbs/api/33b_passport.ipynb #c2e5e2e6
+# %% ../nbs/api/33b_passport.ipynb #780386f9
 _WANG = 'Wang et al. 2017, ChestX-ray8, table 4'
 _WANG_FINDINGS = ('Atelectasis', 'Cardiomegaly', 'Effusion', 'Infiltration', 'Mass', 'Nodule', 'Pneumonia',
     'Pneumothorax')
@@ -99,7 +102,7 @@ _ARUN = 'Arun et al. 2021, {}, abstract'
 _ARUN_VALUES = [('Pneumothorax', 'SIIM-ACR', .024, .224, 'U-Net', .404),
     ('Pneumonia', 'RSNA', .160, .519, 'RetinaNet', .596)]
 
-# %% ../nbs/api/33b_passport.ipynb #8728cb1e
+# %% ../nbs/api/33b_passport.ipynb #c5238103
 def published(
     finding:str|None=None, # Only of this finding, 'Pneumothorax' say; None: of all
 ) -> pd.DataFrame: # measure, map, finding, value, low, high, source
@@ -118,7 +121,7 @@ def published(
     if finding is None: return table
     return table[table.finding.str.lower() == finding.lower()].reset_index(drop=True)
 
-# %% ../nbs/api/33b_passport.ipynb #51c2945d
+# %% ../nbs/api/33b_passport.ipynb #2bc85b24
 def _files_of(learn, items):
     "The files of what `predictions` takes."
     if isinstance(items, (str, Path)): items = [items]
@@ -161,7 +164,7 @@ def _finding(learn, items, cls):
     known = [o for o in vocab if labels is not None and has_class(labels, o).any()]
     return (known or vocab)[-1]
 
-# %% ../nbs/api/33b_passport.ipynb #c8b61d46
+# %% ../nbs/api/33b_passport.ipynb #bdf9efe4
 def _mask_of(masks, files):
     "A function from a film to its mask, or None. Raises ValueError for masks of another number."
     if masks is None: return lambda file: None
@@ -179,7 +182,7 @@ def _films(learn, items, cls):
     state = np.where(has_class(df.label, cls), 'ill', 'healthy') if df.label.notna().all() else 'unknown'
     return df[['file', 'patient']].assign(score=scores[cls], found=found, state=state)
 
-# %% ../nbs/api/33b_passport.ipynb #1afde778
+# %% ../nbs/api/33b_passport.ipynb #81412aca
 def _priors(mask_of, films):
     "A function from a patient to where lesions lie in the films of other patients; None, if there are none."
     drawn = ((o.patient, mask_of(o.file)) for o in films.itertuples())
@@ -189,7 +192,7 @@ def _priors(mask_of, films):
         return LesionPrior(np.mean(grids, 0, dtype=np.float32), len(grids)) if grids else None
     return others
 
-# %% ../nbs/api/33b_passport.ipynb #0bea5376
+# %% ../nbs/api/33b_passport.ipynb #1370a7c0
 _AT = .1, .25, .5
 
 def _boxed(raw, mask):
@@ -216,22 +219,31 @@ def _place_values(h, mask, cls, layer, prior, seed):
     rows = [(name, m, value) for name, values in said.items() for m, value in values.items()]
     return [('lesion', 'size', mask.mean())] + [(*o, v) for *o, values in rows for v in np.ravel(values)]
 
-# %% ../nbs/api/33b_passport.ipynb #e9455183
+# %% ../nbs/api/33b_passport.ipynb #65962d5f
 def _faithful_films(films, n):
     "Numbers of up to `n` films, evenly spread, that the network calls ill and that may be so; else of any."
     might = films.found & (films.state != 'healthy')
     known = np.flatnonzero(might if might.any() else films.found | True)
     return known[np.unique(np.linspace(0, len(known)-1, min(n, len(known))).astype(int))] if n else []
 
-def _faithful_values(learn, h, cls, layer):
-    "(map, measure, value) of the score without the bright pixels of one film's maps, or with these alone."
-    rows = []
-    for measure, area in dict(deletion=deletion, insertion=insertion).items():
-        table = area(learn, h, cls, h.layers[h.layer(layer)])
-        rows += [('heatmap' if name == h.method else name, measure, o['mean']) for name, o in table.iterrows()]
-    return rows
+_WAYS = dict(deletion=curve_way(), insertion=curve_way(insert=True))
 
-# %% ../nbs/api/33b_passport.ipynb #ae2ae2a8
+def _faithful_values(learn, h, cls, layer, prior):
+    "(map, measure, value) of the score without the bright pixels of one film's maps, or with these alone."
+    said = answers_by_image(learn, h, cls, h.layers[h.layer(layer)], _WAYS, prior=prior).iloc[0]
+    return [('heatmap' if name == h.method else name, m, value) for (name, _, m), value in said.items()]
+
+# %% ../nbs/api/33b_passport.ipynb #e172e9f7
+def _drawn_values(learn, files, explain):
+    "For each film: (map, measure, value) of its map's likeness with all weights drawn anew, and to another film's."
+    trained = [explain(o).maps[0, 0, 0] for o in files]
+    for _ in randomized(learn): drawn = [explain(o).maps[0, 0, 0] for o in files]
+    pairs:dict = {'heatmap': drawn}
+    if len(files) > 1: pairs['another film'] = trained[1:]+trained[:1]
+    alike = {name: likeness(trained, maps) for name, maps in pairs.items()}
+    return [[(name, f'drawn_{m}', o[m].iloc[i]) for name, o in alike.items() for m in o] for i in range(len(files))]
+
+# %% ../nbs/api/33b_passport.ipynb #236ce067
 _COLUMNS = ['film', 'patient', 'state', 'found', 'map', 'measure', 'value']
 
 def passport_values(
@@ -251,20 +263,23 @@ def passport_values(
     cls, (method, layer) = _finding(learn, items, cls), shown_by(learn, method, layer)
     films, prior = _films(learn, items, cls), prior or training_prior(learn)
     prior_of = _priors(mask_of, films) if prior is None else lambda patient: prior
-    asked, rows = set(_faithful_films(films, faithful)), []
+    explain = partial(attribute, learn, classes=[cls], layers=layer, method=method, smooth=smooth)
+    asked, rows = _faithful_films(films, faithful), []
+    cheap = len(asked) and method in METHODS and not smooth
+    drawn = dict(zip(asked, _drawn_values(learn, films.file[asked], explain))) if cheap else {}
     for i, film in films.iterrows():
         said:list = [('network', 'score', film.score)]
         mask = mask_of(film.file)
-        if mask is not None or i in asked: h:Any = attribute(learn, [film.file], [cls], layer, method, smooth)
+        if mask is not None or i in asked: h:Any = explain(film.file)
         if mask is not None:
             mask = read_mask(mask, *h.where(0)[:2])
             said += _place_values(h, mask, cls, layer, prior_of(film.patient), i)
-        if i in asked: said += _faithful_values(learn, h, cls, layer)
+        if i in asked: said += _faithful_values(learn, h, cls, layer, prior_of(film.patient)) + drawn.get(i, [])
         state = film.state if mask is None else 'ill'
         rows += [(film.file, film.patient, state, film.found, *o) for o in said]
     return pd.DataFrame(rows, columns=_COLUMNS)
 
-# %% ../nbs/api/33b_passport.ipynb #ae51b1fd
+# %% ../nbs/api/33b_passport.ipynb #b88bebb7
 _PAIRED = 'difference', 'difference_low', 'difference_high', 'p'
 
 def _paired(ours, other, patient):
@@ -303,7 +318,7 @@ def _summed(
     columns = ['films', 'measure', 'map', 'value', 'low', 'high', 'n', 'patients', *_PAIRED]
     return pd.DataFrame(rows, columns=columns).set_index(['films', 'measure', 'map'])
 
-# %% ../nbs/api/33b_passport.ipynb #300e8185
+# %% ../nbs/api/33b_passport.ipynb #d24a5a52
 class Say(NamedTuple):
     "A sentence of a verdict."
     about:str      # place, single, outline, follows, ...
@@ -333,7 +348,7 @@ def _sorted_out(table, measure):
     better = {name: o for name, o in rivals.items() if gains[name][1] < 0}
     return better, {name: o for name, o in rivals.items() if name not in better and not gains[name][0] > 0}, rivals
 
-# %% ../nbs/api/33b_passport.ipynb #0f2a5773
+# %% ../nbs/api/33b_passport.ipynb #9cb70ee9
 def _says_place(table):
     "Do they point into the lesion more often than maps that know nothing?"
     row = _row(table, 'pointing')
@@ -364,7 +379,7 @@ def _says_single(row):
     missed = f'{100-100*row.value:.0f} of 100 point elsewhere'
     return Say('single', False, f"A single film's heatmap proves nothing: {missed}.")
 
-# %% ../nbs/api/33b_passport.ipynb #6f98e4e8
+# %% ../nbs/api/33b_passport.ipynb #ef01fd8a
 def _says_found(table):
     "What of films that the network calls ill?"
     row, found = _row(table, 'pointing'), _row(table, 'pointing', films='found')
@@ -396,8 +411,17 @@ def _says_follows(table):
     if better: return [Say('follows', False, f'They do not show what the model uses: {says}.')]
     if level: return [Say('follows', None, f'Whether they show what the model uses cannot be told: {says}.')]
     return [Say('follows', True, f'They show what the model uses: {says}.')]
+def _says_drawn(table):
+    "Do they show what was learnt?"
+    row, other = _row(table, 'drawn_spearman'), _row(table, 'drawn_spearman', 'another film')
+    if row is None or row.patients < _FEWEST or not row.value == row.value: return []
+    says = f'with all weights drawn anew the rank correlation is {row.value:.2f} ({row.low:.2f} to {row.high:.2f})'
+    if other is not None: says += f', between maps of two films {other.value:.2f}'
+    if row.high < .5: return [Say('drawn', True, f'They show what the network has learnt: {says}.')]
+    if row.low > .5: return [Say('drawn', False, f'They show the film, and not what the network has learnt: {says}.')]
+    return [Say('drawn', None, f'Whether they show what the network has learnt cannot be told: {says}.')]
 
-# %% ../nbs/api/33b_passport.ipynb #d113665a
+# %% ../nbs/api/33b_passport.ipynb #b55abd59
 def _says_both(says):
     "Where place and model disagree."
     good = {o.about: o.good for o in says}
@@ -422,13 +446,14 @@ def judged(
     table:pd.DataFrame, # As `Passport.table` gives it
 ) -> list: # Of `Say`, the first the verdict in one sentence
     "What may be said of heatmaps with these figures, and what not."
-    says = [*_says_place(table), *_says_found(table), *_says_outline(table), *_says_follows(table)]
+    says = [*_says_place(table), *_says_found(table), *_says_outline(table), *_says_follows(table),
+        *_says_drawn(table)]
     says += _says_both(says)
     first = _headline(says)
     good = None if first.startswith('It is not') else not first.startswith('Do not')
     return [Say('all', good, first), *says]
 
-# %% ../nbs/api/33b_passport.ipynb #58d48da2
+# %% ../nbs/api/33b_passport.ipynb #2bd6c5ab
 def html_page(
     template:str, # File beside this module
     **what        # For it
@@ -454,7 +479,7 @@ def _forest(table, measure, cls):
     for o in others[others.measure == measure].itertuples(): known[f'{o.map}, published'] = o.value, o.low, o.high
     return pd.DataFrame.from_dict(known, 'index', columns=['value', 'low', 'high']).astype(float).rename_axis('map')
 
-# %% ../nbs/api/33b_passport.ipynb #35124b44
+# %% ../nbs/api/33b_passport.ipynb #af28b0fd
 _BESIDE = dict(prior='Usual place', centre='Centre', edges='Edges', noise='Noise', reachable='Best on this grid')
 
 def _published_text(measure, cls):
@@ -539,7 +564,7 @@ class Passport:
 
     def _repr_html_(self): return html_page('verdict.html.jinja', passport=self.words(plots=()))
 
-# %% ../nbs/api/33b_passport.ipynb #ba1a82fe
+# %% ../nbs/api/33b_passport.ipynb #31326923
 def passport(
     learn:Learner,           # From `dicom_learner` or `load_model`
     items=None,              # As for `passport_values`, and so the rest

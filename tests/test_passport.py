@@ -1,0 +1,249 @@
+"What is said of heatmaps follows from the figures, and from no others; the page and the report say it, and name nobody."
+import json, re, shutil
+from pathlib import Path
+
+import numpy as np, pandas as pd, pytest
+from click.testing import CliRunner
+
+from dicomcam import passport as passport_, report as report_
+from dicomcam.batches import dicom_dls
+from dicomcam.cli import main
+from dicomcam.data import lesion_mask
+from dicomcam.labels import label_table
+from dicomcam.models import save_model
+from dicomcam.passport import FIGURES, Passport, as_findings, judged, passport, passport_values, published, readable_predictions
+from dicomcam.report import report
+from tiny import make_tiny
+
+def values_of(n=40, **figures):
+    "Values of `n` patients: figure -> map -> about how much a film, or how many of the first films are hits"
+    rng = np.random.default_rng(0)
+    rows = [(f'{i}.dcm', f'P{i}', 'ill', True, name, m, float(i < v) if isinstance(v, int) else v+rng.normal(0, .01))
+        for i in range(n) for m, maps in figures.items() for name, v in maps.items()]
+    return pd.DataFrame(rows, columns=['film', 'patient', 'state', 'found', 'map', 'measure', 'value'])
+
+def said(*args, **figures): return {o.about: o for o in judged(Passport.of(values_of(*args, **figures), 'x').table)}
+
+def pointing(hits, prior=4, noise=0): return dict(heatmap=hits, prior=prior, noise=noise)
+
+GOOD, BAD = dict(heatmap=.1, prior=.5, noise=.6), dict(heatmap=.6, prior=.5, noise=.4) # probability as pixels go
+
+# --- the verdict
+
+def test_perfect_maps():
+    s = said(pointing=pointing(40), deletion=GOOD, chexlocalize_miou=dict(heatmap=.8), drawn_spearman=dict(heatmap=.05))
+    assert [o.good for o in s.values()] == [True]*6 and list(s) == ['all', 'place', 'single', 'outline', 'follows', 'drawn']
+    assert s['place'].text.startswith('They point into the lesion in 100 of 100 films (91 to 100); 40 films of 40 patients.')
+    assert 'where lesions usually are, in 10' in s['place'].text and s['all'].text == 'On films like these the heatmaps point at the disease.'
+
+def test_useless_maps():
+    "The place tells more: nothing is to be read from the maps, and that the model is followed makes them no better"
+    s = said(pointing=pointing(10, prior=30), deletion=BAD, chexlocalize_miou=dict(heatmap=.1), drawn_spearman=dict(heatmap=.9))
+    assert [s[o].good for o in ('all', 'place', 'outline', 'follows', 'drawn')] == [False]*5 and 'single' not in s
+    assert 'A map of where lesions usually are does so in 75: read nothing from these heatmaps that the place does not tell.' in s['place'].text
+    assert s['all'].text.startswith('Do not read')
+
+@pytest.mark.parametrize('hits, prior', [(12, 10), (20, 20), (0, 0)])
+def test_what_cannot_be_told_is_not_told(hits, prior):
+    s = said(pointing=pointing(hits, prior))
+    assert s['place'].good is None and s['all'].good is None and 'cannot be told which' in s['place'].text
+
+def test_better_than_all_but_not_of_a_single_film():
+    s = said(pointing=pointing(26, prior=4))
+    assert s['place'].good and s['single'].good is False and '35 of 100 point elsewhere' in s['single'].text
+    assert 'a single one may not' in s['all'].text
+
+def test_a_baseline_that_is_not_there_beats_nobody():
+    "Where lesions usually are is the map that is hardest to beat: without it nothing is claimed"
+    s = said(pointing=dict(heatmap=40, noise=0))
+    assert s['place'].good is None and 'not known here' in s['place'].text
+
+@pytest.mark.parametrize('hits', [0, 5, 9])
+def test_too_few_films(hits):
+    s = said(9, pointing=pointing(hits, prior=0), deletion=GOOD, chexlocalize_miou=dict(heatmap=.9))
+    assert s['all'].good is s['place'].good is s['follows'].good is None and 'outline' not in s and 'too few' in s['place'].text
+
+def test_two_films_of_each_patient_are_no_forty_films():
+    v = values_of(18, pointing=pointing(18, prior=0))
+    v['patient'] = v.film.map(lambda o: f'P{int(o[:-4])//2}')
+    assert '9 patients. Patients are too few' in str(Passport.of(v, 'x'))
+
+def test_without_any_mask():
+    "Then only the model can be asked, and that is said"
+    s = said(deletion=GOOD)
+    assert s['place'].good is s['all'].good is None and "No lesion's place is known" in s['place'].text and s['follows'].good is True
+
+def test_place_and_model_may_disagree():
+    right = said(pointing=pointing(40), deletion=BAD)
+    assert right['both'].good is False and "the model's reason" in right['both'].text and 'not the' in right['all'].text
+    wrong = said(pointing=pointing(5, prior=30), deletion=GOOD)
+    assert 'doubt the model' in wrong['both'].text and 'both' not in said(pointing=pointing(40), deletion=GOOD)
+
+def test_every_map_is_compared_film_by_film():
+    "Differences are paired: the same films in another order give the same, films that one map lacks do not count"
+    v = values_of(30, mass=dict(heatmap=.5, prior=.3))
+    v['value'] += np.random.default_rng(0).normal(0, .2, 30).repeat(2) # films differ more than maps
+    table = Passport.of(v, 'x').table
+    row = table.loc['all', 'mass', 'prior']
+    assert row.difference == pytest.approx(.2, abs=.01) and row.difference_high-row.difference_low < .02 < .1 < row.high-row.low and row.p < .01
+    pd.testing.assert_frame_equal(Passport.of(v.sample(frac=1, random_state=0), 'x').table.sort_index(), table.sort_index(), rtol=1e-9, atol=1e-9)
+    fewer = Passport.of(v.drop(v[(v['map'] == 'prior') & (v.film == '3.dcm')].index), 'x').table.loc['all', 'mass', 'prior']
+    assert fewer.n == 29 and fewer.difference == pytest.approx(.2, abs=.01)
+
+# --- values
+
+@pytest.fixture(scope='module')
+def values(tiny_learner, folder): return passport_values(tiny_learner, masks=folder, faithful=3)
+
+def test_values_are_those_of_their_functions(tiny_learner, folder, values):
+    from dicomcam.choice import chosen, training_prior
+    from dicomcam.gradcam import gradcam
+    from dicomcam.localize import localization
+    from dicomcam.protocols import chexlocalize, wang
+    from dicomcam.faithful import deletion
+    files = [o for o in tiny_learner.dls.valid.items if lesion_mask(folder, o) is not None]
+    h, masks = gradcam(tiny_learner, files, tiny_learner.dls.vocab[-1], chosen(tiny_learner)['layer']), [lesion_mask(folder, o) for o in files]
+    cls, mean = h.classes[0], values.groupby(['map', 'measure']).value.mean()
+    want = localization(h, masks, cls, grow=0, prior=training_prior(tiny_learner))['mean']
+    for m in 'pointing', 'mass', 'iou', 'iobb', 'auprc':
+        for name, theirs in dict(heatmap='gradcam', prior='prior', centre='centre').items():
+            assert mean[name, m] == pytest.approx(want.xs((theirs, m), level=('map', 'measure')).item()), (name, m)
+    assert mean['heatmap', 'chexlocalize_hit'] == chexlocalize(h, masks, cls)['mean']['hit_rate']
+    table = wang(h, masks, cls)
+    for t in .1, .25, .5: assert mean['heatmap', f'wang_{t:g}'] == table.accuracy[t] and mean['heatmap', f'wang_false_{t:g}'] == pytest.approx(table.afp[t])
+    asked = values[(values.measure == 'deletion') & (values['map'] == 'heatmap')]
+    some = gradcam(tiny_learner, asked.film.tolist(), cls, chosen(tiny_learner)['layer'])
+    assert asked.value.mean() == pytest.approx(deletion(tiny_learner, some, cls)['mean'].loc['gradcam'], abs=1e-5)
+    assert {'drawn_spearman', 'drawn_ssim'} <= set(values.measure) and set(values.measure) <= {*FIGURES, 'score', 'size'}
+
+def test_folds_are_joined(tiny_learner, folder, values):
+    "Values of two parts of the films, put together, are the passport of all"
+    table = label_table(folder)
+    parts = [table[table.file.isin(tiny_learner.dls.valid.items)].iloc[k::2].reset_index(drop=True) for k in (0, 1)]
+    joined = Passport.of([passport_values(tiny_learner, o, folder, faithful=0) for o in parts], 'x')
+    whole = Passport.of(values, 'x')
+    for m in 'pointing', 'auprc', 'wang_0.1':
+        a, b = (o.table.loc[('all', m, 'heatmap'), ['value', 'low', 'high', 'n']] for o in (joined, whole))
+        assert a.tolist() == pytest.approx(b.tolist(), nan_ok=True)
+
+def test_one_film_at_a_time(tiny_learner, folder, monkeypatch):
+    "However many films there are"
+    seen, before = [], passport_.attribute
+    def attribute(learn, items, *args, **kw):
+        h = before(learn, items, *args, **kw)
+        seen.append(len(h))
+        return h
+    monkeypatch.setattr(passport_, 'attribute', attribute)
+    passport_values(tiny_learner, label_table(folder).iloc[:8], folder, faithful=1)
+    assert len(seen) > 4 and set(seen) == {1}
+
+def test_where_lesions_usually_are_is_never_of_the_same_patient(tiny_learner, folder):
+    "Of a model that knows no training film the prior is the mean lesion of the other patients here"
+    films = pd.DataFrame(dict(file=list('abc'), patient=['x', 'x', 'y']))
+    masks = {o: np.eye(64, k=10*i) > 0 for i, o in enumerate('abc')}
+    prior_of = passport_._priors(masks.get, films)
+    assert prior_of('x').n == 1 and prior_of('y').n == 2 and np.allclose(prior_of('x').grid, passport_.lesion_prior([masks['c']]).grid)
+    assert passport_._priors(masks.get, films.iloc[:2])('x') is None
+
+def test_masks_of_another_number(tiny_learner):
+    with pytest.raises(ValueError, match='but 2 masks'): passport_values(tiny_learner, masks=[None, None])
+
+def test_what_is_published():
+    "Looked up in the papers: a few by hand"
+    t = published().set_index(['measure', 'map', 'finding'])
+    assert t.value['wang_0.1', 'CAM', 'Pneumothorax'] == .4591 and t.value['wang_false_0.5', 'CAM', 'Pneumonia'] == 1.0132
+    assert t.value['arun_auprc', 'U-Net', 'Pneumothorax'] == .404 and t.high['arun_auprc', 'eight methods', 'Pneumonia'] == .519
+    assert set(published().measure) <= set(FIGURES) and not t.index.duplicated().any() and t.source.notna().all()
+
+# --- the page
+
+def test_page_and_json(values, tmp_path):
+    p = Passport.of(values, 'Pneumothorax', 'Heatmaps by <b>hand</b>.')
+    html = p.to_html(tmp_path/'p.html').read_text(encoding='utf-8')
+    text = re.sub(r'\s+', ' ', re.sub('<[^>]*>', ' ', html.split('</style>')[1]))
+    for o in p.verdict: assert o.text in html.replace('&#39;', "'")
+    for o in FIGURES.values(): assert o.name in text
+    assert '://' not in html and '<script' not in html and 'U-Net' in text and 'by &lt;b&gt;hand' in text and html.count('<img') == 3
+    assert not [o for o in {*values.film.map(lambda o: o.name), *values.patient} if o in html]
+    told = json.loads(p.to_json(tmp_path/'p.json').read_text(), parse_constant=pytest.fail)
+    assert len(told['table']) == len(p.table) and told['verdict'][0]['text'] == p.verdict[0].text and not [o for o in set(values.patient) if o in str(told)]
+    assert p._repr_html_().count('<li') == len(p.verdict)
+
+# --- the command
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory, folder):
+    from dicomcam.training import train_learner
+    return save_model(train_learner(folder, fit=False, arch='xresnet18', size=64, bs=8), tmp_path_factory.mktemp('model')/'m.safetensors')
+
+def run(*args, status=0):
+    r = CliRunner().invoke(main, [*map(str, args)])
+    assert r.exit_code == status, (r.output, r.exception)
+    return r
+
+def test_command(folder, model, tmp_path):
+    r = run('passport', model, folder, '--held-out', '--faithful', 1, '--json', '--out', tmp_path/'p.html')
+    said = json.loads((tmp_path/'p.json').read_text())['verdict']
+    assert r.stdout.splitlines()[1:-1] == [o['text'] for o in said] and 'p.html' in r.stdout.splitlines()[-1]
+    assert sorted(o.name for o in tmp_path.iterdir()) == ['p.html', 'p.json']
+
+@pytest.mark.parametrize('args, says', [(['--out', 'there.html'], 'is there already'), (['--positive', 'Flu'], "No class 'Flu'"),
+    (['--method', 'magic'], "No method 'magic'"), (['--json', '--out', 'x.json'], 'Name an HTML file'), (['--labels', 'no.csv'], 'no such file')])
+def test_bad_input_is_one_line(folder, model, tmp_path, monkeypatch, args, says):
+    monkeypatch.chdir(tmp_path)
+    Path('there.html').write_text('')
+    r = run('passport', model, folder, '--held-out', '--faithful', 0, *args, status=2)
+    assert len(r.stderr.splitlines()) == 1 and says in r.stderr and [o.name for o in tmp_path.iterdir()] == ['there.html']
+
+# --- the report
+
+def texts(fn): return re.sub(r'\s+', ' ', re.sub(r'<[^>]*>', ' ', re.sub(r'(?s)<(script|style).*?</\1>', '', fn.read_text(encoding='utf-8'))))
+
+def test_report_says_it_above_the_cases(tiny_learner, folder, tmp_path):
+    "Of the heatmaps that are shown first"
+    t = texts(report(tiny_learner, fn=tmp_path/'r.html', n=3, path=folder))
+    assert 0 < t.index('What may be said of the heatmaps') < t.index('They point into the lesion in') < t.index('Sort by')
+    shown = passport(tiny_learner, masks=folder, faithful=0)
+    assert shown.verdict[1].text in t
+
+@pytest.fixture
+def broken(folder, tmp_path):
+    "A folder in which one film is cut off"
+    d = shutil.copytree(folder, tmp_path/'films')
+    table = label_table(d)
+    table.file[2].write_bytes(table.file[2].read_bytes()[:1500])
+    return d, label_table(d)
+
+def test_a_broken_film_costs_the_report_that_film(broken, tiny_learner, tmp_path):
+    d, table = broken
+    with pytest.warns(UserWarning, match='1 of 30 images cannot be read'):
+        fn = report(tiny_learner, table, tmp_path/'r.html', '5', n=2)
+    t = texts(fn)
+    assert 'nobody can tell whether the heatmaps below point at the disease' in t and 'They point' not in t # without a folder of lesions
+    assert '1 image could not be read and left out: number 3 of the 30 in the labels.' in t and '29 images of' in t and table.file[2].name not in fn.read_text()
+    assert f'left out: {table.file[2]}: no' in report_._left_out(tiny_learner, table, {table.file[2]: f'{table.file[2]}: no'}, True) # with --phi
+
+def test_a_broken_film_costs_the_passport_that_film(broken, tiny_learner):
+    d, table = broken
+    masks = [lesion_mask(d, o) if i != 2 else None for i, o in enumerate(table.file)]
+    with pytest.warns(UserWarning, match='1 of 30'): v = passport_values(tiny_learner, table, masks, faithful=0)
+    assert v.film.nunique() == 29 and set(v[v.measure == 'size'].film) == {o for o, m in zip(table.file, masks) if m is not None}
+
+def test_only_broken_films(broken, tiny_learner):
+    d, table = broken
+    with pytest.raises(ValueError, match='None of the 1 images can be read, first .*is cut off'): readable_predictions(tiny_learner, table.iloc[2:3])
+
+def test_labels_of_one_finding_for_a_network_of_several(folder, tmp_path):
+    "Pneumothorax and No Pneumothorax, of a network that finds three things: figures and loss are of the one that the labels know"
+    table = label_table(folder)
+    three = table[['file']].assign(label=[('Effusion', 'Mass', 'Pneumothorax', 'Mass|Pneumothorax', '')[i % 5] for i in range(len(table))])
+    learn = make_tiny(dicom_dls(folder, three, size=64, label_delim='|', cache=False))
+    assert learn.dls.setup.multi and set(as_findings(learn, table).label) == {('Pneumothorax',), ()}
+    assert as_findings(learn, table.assign(label='Flu')).label[0] == 'Flu' # which it does not know, and says so
+    fn = report(learn, table, tmp_path/'r.html', '5', n=2, path=folder)
+    t = texts(fn)
+    assert 'Pneumothorax: positive from' in t and 'Mass: positive from' not in t and 'Label Pneumothorax.' in t and 'They point into the lesion in' in t
+    df, _ = readable_predictions(learn, as_findings(learn, table))
+    p = df.Pneumothorax.where(table.label == 'Pneumothorax', 1-df.Pneumothorax)
+    assert {f'{-np.log(o):.6f}' for o in p} >= set(re.findall('data-loss="(.*?)"', fn.read_text()))
+    assert Passport.of(passport_values(learn, table, folder, faithful=0), 'x').table.n['all', 'pointing', 'heatmap'] == (table.label == 'Pneumothorax').sum()
