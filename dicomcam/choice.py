@@ -6,10 +6,10 @@ Docs: https://dicomcam.github.io/dicomcam/api/choice.html.md"""
 
 # %% auto #0
 __all__ = ['CANDIDATES', 'training_lesions', 'training_prior', 'default_layer', 'chosen', 'shown_by', 'late_stages',
-           'choose_layer']
+           'layer_scores', 'choose_layer']
 
 # %% ../nbs/api/30b_choice.ipynb #b6fd21b1
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from fastai.learner import Learner
 from .prior import LesionPrior, lesion_prior
 from .batches import setup_of
 from .data import lesion_mask
-from .heatmaps import find_class, read_mask
+from .heatmaps import Heatmaps, find_class, read_mask
 from .layers import fine_stage, last_stages, layer_name
 from .networks import bare_model
 from .gradcam import gradcam
@@ -94,25 +94,18 @@ def late_stages(
 
 CANDIDATES = 'gradcam', 'hirescam', 'layercam' # methods that compete
 
-def _layer_scores(
-    learn:Learner,             # From `dicom_learner`
-    known:dict,                # File -> mask, from `training_lesions`
-    cls:str|int,               # The lesions' class
-    methods:tuple=CANDIDATES,  # Names in `METHODS`
-    stages:int=4,              # How many of the last stages
+def layer_scores(
+    hs:Iterable[Heatmaps], # Of files, by any methods at any layers
+    known:dict,            # File -> mask, as from `training_lesions`
+    cls:str|int,           # The lesions' class
 ) -> pd.DataFrame: # Index: layer, method; columns: pointing, mass; the best first
     "How well each layer and method finds the lesions of `known`, if the network calls the film so, else of all."
-    files, masks, layers = list(known), list(known.values()), late_stages(learn, stages)
     rows:list = []
-    for method in methods:
-        left = iter(masks)
-        batches:Any = gradcam(learn, files, None, layers, method, batches=True)
-        for h, i in ((h, i) for h in batches for i in range(len(h))):
-            mask = read_mask(next(left), *h.where(i)[:2])
-            heats = {layer: h.heat(i, cls, layer) for layer in h.layers}
-            rows += [dict(layer=layer, method=method, found=h.cls(i) == h.cls(i, cls),
-                **{m: MEASURES[m](heat, mask, mask, .5) for m in ('pointing', 'mass')})
-                for layer, heat in heats.items()]
+    for h, i in ((h, i) for h in hs for i in range(len(h))):
+        mask, found = read_mask(known[h.items[i]], *h.where(i)[:2]), h.cls(i) == h.cls(i, cls)
+        heats = {layer: h.heat(i, cls, layer) for layer in h.layers}
+        rows += [dict(layer=layer, method=h.method, found=found,
+            **{m: MEASURES[m](heat, mask, mask, .5) for m in ('pointing', 'mass')}) for layer, heat in heats.items()]
     table = pd.DataFrame(rows)
     if table.found.any(): table = table[table.found]
     means = table.groupby(['layer', 'method'])[['pointing', 'mass']].mean()
@@ -136,7 +129,9 @@ def choose_layer(
     else:
         known = [known[i] for i in np.linspace(0, len(known)-1, min(most, len(known))).astype(int)]
         cls = learn.dls.vocab[find_class(-1 if cls is None else cls, list(learn.dls.vocab))]
-        scores = _layer_scores(learn, dict(known), cls, methods, stages)
+        files, layers = [file for file, _ in known], late_stages(learn, stages)
+        hs:Any = (h for m in methods for h in gradcam(learn, files, None, layers, m, batches=True))
+        scores = layer_scores(hs, dict(known), cls)
         (layer, method), share = scores.index[0], scores.pointing
         reason = f'hit most lesions of the training side: {share.iloc[0]:.2f} of those found in {len(known)} films; ' \
             f'the last of {len(scores)} candidates {share.iloc[-1]:.2f}'
