@@ -11,6 +11,7 @@ __all__ = ['CANDIDATES', 'training_lesions', 'training_prior', 'default_layer', 
 # %% ../nbs/api/30b_choice.ipynb #b6fd21b1
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +131,8 @@ def choose_layer(
         known = [known[i] for i in np.linspace(0, len(known)-1, min(most, len(known))).astype(int)]
         cls = learn.dls.vocab[find_class(-1 if cls is None else cls, list(learn.dls.vocab))]
         files, layers = [file for file, _ in known], late_stages(learn, stages)
-        hs:Any = (h for m in methods for h in gradcam(learn, files, None, layers, m, batches=True))
-        scores = layer_scores(hs, dict(known), cls)
+        each:Any = (gradcam(learn, files, None, layers, method, batches=True) for method in methods)
+        scores = layer_scores(chain.from_iterable(each), dict(known), cls)
         (layer, method), share = scores.index[0], scores.pointing
         reason = f'hit most lesions of the training side: {share.iloc[0]:.2f} of those found in {len(known)} films; ' \
             f'the last of {len(scores)} candidates {share.iloc[-1]:.2f}'
