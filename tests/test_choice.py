@@ -29,6 +29,7 @@ def test_the_layer_that_hits_the_lesions_is_chosen(learn, folder, monkeypatch, b
         from dicomcam.gradcam import gradcam
         h = gradcam(learn, items, cls, layers)
         if not batches: return h
+        h.method = method
         for name, raw in zip(h.layers, h.raw):
             raw[:] = 0
             for i, file in enumerate(items):
