@@ -35,6 +35,7 @@ from dicomcam.protocols import *
 from dicomcam.passport import *
 from dicomcam.repeat import *
 from dicomcam.share import *
+from dicomcam.evidence import *
 from dicomcam.team import *
 from dicomcam.folder import *
 from dicomcam.demo import *

@@ -131,6 +131,7 @@ def _again(tries, pause, left, work):
             if failed >= tries: raise
             time.sleep(pause*2**(failed-1))
 
+# %% ../nbs/api/36e_archive.ipynb #3a62c066
 def _place(dest, film): return Path(dest)/film['StudyInstanceUID']/f'{film["SOPInstanceUID"]}.dcm'
 
 def fetch(

@@ -424,3 +424,25 @@ def test_secrets(name, value, header, file, tmp_path, monkeypatch, caplog):
 def test_large_answer(films, tmp_path):
     with web(films[:1]) as (address, _), pytest.raises(OSError) as e: fetch(address, find(address, most=1), tmp_path, max_bytes=1000, **ONE)
     one_line(e, 'sends more than 1,000 bytes')
+
+# the structured report
+
+def test_report_of_a_finding(folder, tiny_learner, tmp_path):
+    "Patient, study and film are those of the film, the region is the segmentation, and dciodvfy and dcmtk find no error"
+    import highdicom as hd
+    from dicomcam.all import gradcam, save_seg, save_sr
+    file = sorted(folder.rglob('*.dcm'))[0]
+    h = gradcam(tiny_learner, [file])
+    seg = save_seg(h, 0, tmp_path/'seg.dcm')
+    fn = save_sr(seg, tmp_path/'sr.dcm', 'Pneumo\\thorax\n'*9, .123, 'gradcam', ['m.safetensors', 'sha256 0a1b'])
+    sr, film = hd.sr.srread(fn), pydicom.dcmread(file)
+    for o in ('PatientID', 'PatientName', 'StudyInstanceUID'): assert sr[o].value == film[o].value
+    text = fn.read_bytes()
+    for o in (film.SOPInstanceUID, pydicom.dcmread(seg).SOPInstanceUID, 'm.safetensors', 'sha256 0a1b', 'NOT FOR DIAGNOSTIC USE', '0.123'): assert o.encode() in text
+    assert (sr.CompletionFlag, sr.VerificationFlag) == ('PARTIAL', 'UNVERIFIED')
+    group, = sr.content.get_planar_roi_measurement_groups()
+    assert group.finding_type.value == '309825002' and len(group.get_measurements()) == 1
+    for tool in ('dciodvfy', 'dsrdump'):
+        if shutil.which(tool):
+            r = subprocess.run([tool, fn], capture_output=True, text=True)
+            assert r.returncode == 0 and 'Error' not in r.stderr and 'E:' not in r.stderr, r.stderr
