@@ -82,12 +82,12 @@ def save_sr(
     if not find_spec('highdicom'):
         raise ImportError('A structured report needs highdicom: pip install "dicomcam[dicom]"')
     from highdicom.sr import ComprehensiveSR
-    seg, finding = read_dicom(seg), _word(finding)
+    region, finding = read_dicom(seg), _word(finding)
     comment = f'{NOT_DIAGNOSTIC}. {finding}: probability {probability:.2f}, dicomcam {__version__}, {_word(method)}'
-    with dicom_errors(str(seg.filename), 'reported'), warnings.catch_warnings():
+    with dicom_errors(str(seg), 'reported'), warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning) # of names of one component only: they are as the film has them
-        region = _region(seg, finding, probability, _algorithm(method, model))
-        sr = ComprehensiveSR([_source(seg), seg], _report(region, comment), series_instance_uid=uid.generate_uid(),
+        group = _region(region, finding, probability, _algorithm(method, model))
+        sr = ComprehensiveSR([_source(region), region], _report(group, comment), series_instance_uid=uid.generate_uid(),
             series_number=9003, sop_instance_uid=uid.generate_uid(), instance_number=1, manufacturer='dicomcam',
             manufacturer_model_name='dicomcam', software_versions=__version__, device_serial_number='none',
             series_description=f'Not for diagnostic use: {finding} {probability:.2f}'[:64])
