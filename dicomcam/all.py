@@ -34,6 +34,7 @@ from dicomcam.froc import *
 from dicomcam.protocols import *
 from dicomcam.passport import *
 from dicomcam.repeat import *
+from dicomcam.causal import *
 from dicomcam.share import *
 from dicomcam.evidence import *
 from dicomcam.team import *

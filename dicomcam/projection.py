@@ -100,9 +100,9 @@ def burn_in(
     text:str,
     rng:np.random.Generator, # Of the place, which varies a little
 ) -> np.ndarray:      # Of the same kind
-    "A film with white letters at its lower left."
+    "A film with white letters at its upper left, where there is air beside the neck."
     letters = np.zeros_like(image)
-    _write(letters, text, (-19, 19)+rng.uniform(-.8, .8, 2), 2.2)
+    _write(letters, text, (-19, -17)+rng.uniform(-.5, .5, 2), 2)
     return np.maximum(image, letters)
 
 # %% ../nbs/api/09_projection.ipynb #f2eea690
