@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from .intervals import proportion_interval
 from .heatmaps import Heatmaps, as_list, on_cpu
 from .classifier import Classifier
-from .explain import RawMaps, as_found
-from .perturb import heatmaps_by
+from .explain import RawMaps, as_found, explain
 from .localize import measures_by_image
 
 # %% ../nbs/api/30e_causal.ipynb #737a0ad0
@@ -39,8 +38,8 @@ class _Owed:
 
     def __call__(self, c, xb, first):
         twin = next(self.twins, xb[:0])
-        if twin.shape != xb.shape:
-            raise ValueError(f'Films {tuple(xb.shape)}, but twins {tuple(twin.shape)}: give one each, of one size.')
+        sizes = [tuple(o.shape) for o in (xb, twin)]
+        if sizes[0] != sizes[1]: raise ValueError(f'Films {sizes[0]}, but twins {sizes[1]}: one each, of one size.')
         with torch.no_grad(): asked = c.asked(xb.clone(), [self.cls])
         change, slopes = xb-twin, torch.zeros_like(xb)
         for k in range(self.n_steps):
@@ -62,7 +61,7 @@ def causal_map(
     from twin to film. Zero where the two agree; the sum is the change of the log-odds. Raises ValueError where films
     and twins differ in number or size."""
     _, batches = Classifier(learn_or_model, act, output).batches(twins)
-    return heatmaps_by(learn_or_model, films, _Owed(batches, cls, n_steps), 'causal', act, output)
+    return explain(learn_or_model, films, _Owed(batches, cls, n_steps), 'causal', act, output)
 
 # %% ../nbs/api/30e_causal.ipynb #3a77ab0b
 def _scores(c, batches, cls):
@@ -105,8 +104,8 @@ def causal_table(
     by:str='change',      # Which change: of the probability, or 'log_odds'
     group:ndarray=None,   # Whose film each image is, by its number; None: each is a patient of its own
 ) -> pd.DataFrame:        # Index: map, layer, reacts, shows; columns: pairs, share, low, high, verdict
-    """Does the model react, does the map show it? `share` is of the pairs to which the model reacts in the same way, with
-    its 95 % interval by patient. Raises ValueError for an unknown change."""
+    """Does the model react, does the map show it? `share` is of the pairs to which the model reacts alike, with 95 %
+    intervals by patient. Raises ValueError for an unknown change."""
     if by not in ('change', 'log_odds'): raise ValueError(f"No change {by!r}; there are 'change' and 'log_odds'.")
     rows = []
     for (name, layer), of_map in effects.groupby(['map', 'layer'], sort=False):
