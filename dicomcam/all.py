@@ -16,6 +16,7 @@ from dicomcam.chest import *
 from dicomcam.interpret import *
 from dicomcam.planes import *
 from dicomcam.prior import *
+from dicomcam.scale import *
 from dicomcam.heatmaps import *
 from dicomcam.layouts import *
 from dicomcam.layers import *
@@ -35,6 +36,7 @@ from dicomcam.protocols import *
 from dicomcam.passport import *
 from dicomcam.repeat import *
 from dicomcam.causal import *
+from dicomcam.absolute import *
 from dicomcam.share import *
 from dicomcam.evidence import *
 from dicomcam.team import *

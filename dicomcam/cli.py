@@ -250,6 +250,7 @@ def train(folder, labels, by, seed, checkpoint, resume, out, force, **recipe):
     _check_checkpoint(checkpoint, out, resume, force)
     with _output(out, force) as part:
         plain_progress()
+        from dicomcam.absolute import choose_scale
         from dicomcam.batches import split_counts
         from dicomcam.choice import choose_layer
         from dicomcam.labels import label_table, positive_classes
@@ -265,6 +266,7 @@ def train(folder, labels, by, seed, checkpoint, resume, out, force, **recipe):
         for line in split_counts(learn.dls).to_string().splitlines(): _tell(line)
         if few := few_films(learn.dls): _tell(few)
         _tell('Heatmaps: {method} of layer {layer}; {reason}'.format(**choose_layer(learn, folder)))
+        if scale := choose_scale(learn): _tell(f'Heatmaps, {scale.method}: {scale}')
         save_model(learn, part)
         df = predictions(learn)
         for cls in positive_classes(learn.dls.vocab, learn.dls.setup.multi):

@@ -45,14 +45,16 @@ def _draw(h, names, masks, out):
 
 def _pointing(learn, files, has_lesion, data, out):
     "Draw the heatmaps of all files, batch by batch; the pointing game's values of each lesion that was found."
+    from dicomcam.absolute import shown_smooth
+    from dicomcam.attribution import attribute
     from dicomcam.choice import training_prior
     from dicomcam.data import lesion_mask
     from dicomcam.folder import result_names
-    from dicomcam.gradcam import gradcam
     from dicomcam.localize import measures_by_image
     positive, prior, values = learn.dls.vocab[-1], training_prior(learn, data), []
     rows = zip(files, result_names(files), has_lesion)
-    for h in gradcam(learn, files, None, learn.choice['layer'], learn.choice['method'], batches=True):
+    layer, method = learn.choice['layer'], learn.choice['method']
+    for h in attribute(learn, files, None, layer, method, shown_smooth(learn), batches=True):
         films, names, ill = zip(*islice(rows, len(h)))
         masks = [lesion_mask(data, o) for o in films]
         _draw(h, names, masks, out)
@@ -70,6 +72,7 @@ def _heatmaps(learn, df, data, out):
     _, has_lesion, _ = positive_scores(df, positive=learn.dls.vocab[-1])
     values = _pointing(learn, df.file.tolist(), has_lesion, data, out)
     about = dict(learn.choice, images=len(df))
+    if learn.heat_scale: about |= dict(method=learn.heat_scale.method, scale=learn.heat_scale.words())
     if not values: return about
     game = mean_of_measures(concat(values)).droplevel(['layer', 'measure'])
     columns = game.rename(columns=dict(mean='value'))[['value', 'low', 'high', 'n']]
@@ -92,6 +95,7 @@ def _training(recipe):
 # %% ../nbs/api/36_demo.ipynb #642088fc
 def _results(data, files, out, seed, by, phi, recipe, seconds):
     "Do all there is to do with the folder `data`, write it to the folder `out`; what `metrics.json` is to hold of it."
+    from dicomcam.absolute import choose_scale
     from dicomcam.choice import choose_layer
     from dicomcam.models import save_model
     from dicomcam.report import report
@@ -103,6 +107,7 @@ def _results(data, files, out, seed, by, phi, recipe, seconds):
     with step('summary', f'Reading {len(files)} files ...'): write_csv(summarize(files, phi=phi), out/'summary.csv')
     with step('train', _training(recipe)): learn = train_learner(data, seed, data=dict(by=by), **recipe)
     with step('choice', 'Choosing what to look at ...'): choose_layer(learn, data)
+    with step('scale', 'Finding out what healthy films stay below ...'): choose_scale(learn)
     save_model(learn, out/'model.safetensors')
     with step('evaluate', 'Evaluating ...'):
         df = predictions(learn)

@@ -256,7 +256,7 @@ def explained(
             images = seen*on_cpu(norm.std) + on_cpu(norm.mean) if norm else seen
         view = view_of(c.learn.dls) if files else None
         yield Heatmaps(raw, images, values, maps.asked.names, maps.layers, method, of_batch, view, layers, norm,
-            maps.asked.vocab)
+            maps.asked.vocab, getattr(c.learn, 'heat_scale', None))
         first += len(xb)
 
 # %% ../nbs/api/27_explain.ipynb #05423b24

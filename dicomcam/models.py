@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .chest import chest_network
+from .scale import HeatScale
 from .files import whole
 from .batches import Setup, any_source, dicom_block, setup_of
 from .networks import ACTIVATIONS, bare_model, build_model, dicom_learner, takes, versions
@@ -38,8 +39,9 @@ def save_model(
     if learn.network.act_cls not in ACTIVATIONS:
         known = ', '.join(ACTIVATIONS)
         raise ValueError(f'act_cls={learn.network.act_cls} cannot be saved: load_model knows {known}.')
-    choice = getattr(learn, 'choice', None)
-    meta = {**learn.network.words(), **setup.meta(), **({'heatmap': choice} if choice else {}), 'versions': versions()}
+    choice, scale = getattr(learn, 'choice', None), getattr(learn, 'heat_scale', None)
+    heat = {key: o for key, o in dict(heatmap=choice, scale=scale and scale.words()).items() if o}
+    meta = {**learn.network.words(), **setup.meta(), **heat, 'versions': versions()}
     _check_words(json.loads(json.dumps(meta)))
     weights = {name: w.detach().cpu().contiguous() for name, w in bare_model(learn).state_dict().items()}
     spoilt = spoilt_weight(weights)
@@ -92,6 +94,11 @@ def _is_choice(o):
     if type(o) is not dict or set(o) != set(_CHOICE): return False
     return all(type(value) is str and 0 < len(value) <= 400 for value in o.values())
 
+def _is_scale(o):
+    "Are these the words of a `HeatScale`?"
+    try: return type(o) is dict and bool(HeatScale(**o))
+    except (TypeError, ValueError): return False
+
 _WORDS = dict( # of a model file: what each is, and whether it is
     arch=('the name of a network', lambda o: type(o) is str),
     act_cls=(f'one of {", ".join(ACTIVATIONS)}', lambda o: type(o) is str and o in ACTIVATIONS),
@@ -103,8 +110,9 @@ _WORDS = dict( # of a model file: what each is, and whether it is
     split=('by, valid_pct, seed and fold', _is_split),
     pixels=(str(_PIXELS), lambda o: o == _PIXELS),
     inputs=('mean and std of one channel or three', _are_inputs),
-    heatmap=('layer, method and reason', _is_choice))
-_MAY_LACK = 'inputs', 'heatmap'
+    heatmap=('layer, method and reason', _is_choice),
+    scale=('the threshold, top, class, layer, method and films of a heatmap', _is_scale))
+_MAY_LACK = 'inputs', 'heatmap', 'scale'
 
 def _check_words(words):
     "Raise ValueError where a word of a model file is not what it may be."
@@ -184,6 +192,7 @@ def load_model(
             inputs=words.get('inputs'))
         learn.model.load_state_dict(weights)
         learn.choice = words.get('heatmap')
+        learn.heat_scale = HeatScale(**words['scale']) if 'scale' in words else None
     except ImportError as e: raise ValueError(f'{fn}: {e}') from e
     except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
         why = str(e).splitlines()[0]

@@ -442,7 +442,7 @@ def test_copies_are_asked_about_the_class_of_the_image(method):
             one = attribute(net, x, method=method, smooth=s, target=target)
             nearly(one.raw[0][:, 0], h.raw[0][range(4), k], 1e-5)
 
-@pytest.mark.parametrize('smooth,kw,why', [('blur', {}, "No smoothing 'blur'; there are noise, tta."), (partial(noisy, n=0), {}, 'n=0: '),
+@pytest.mark.parametrize('smooth,kw,why', [('blur', {}, "No smoothing 'blur'; there are noise, tta, mirror."), (partial(noisy, n=0), {}, 'n=0: '),
     (partial(augmented, factors=[]), {}, 'No factors'), ('tta', dict(target=lambda out: out[:, 0]), 'A function as target may look at places')])
 def test_what_smoothing_does_not_take(smooth, kw, why):
     with pytest.raises(ValueError, match=f'^{why}') as e: attribute(small(), batch(1, size=32), smooth=smooth, **kw)
