@@ -184,6 +184,8 @@ _maps = _options(
             'showed lesions best in training; else gradcam.'),
     click.option('--smooth', help='noise or tta: the mean map of noisy copies, or of mirror images and brightness.'),
     click.option('--layer', metavar='LAYER', type=_layer, help=_LAYER))
+_scale = click.option('--scale', type=click.Choice(['absolute', 'own']), help='absolute: what healthy films stay below has '
+    'no colour; own: each map by its maximum. By default absolute, where MODEL knows it of what is shown.')
 
 # %% ../nbs/api/37_cli.ipynb #cec51bfa
 @main.command()
@@ -275,20 +277,24 @@ def train(folder, labels, by, seed, checkpoint, resume, out, force, **recipe):
     _tell(f'Model in {out}')
 
 # %% ../nbs/api/37_cli.ipynb #7066c52d
-def _engine(model, method, smooth, layer, cls):
+def _engine(model, method, smooth, layer, cls, scale):
     "Classes of the model in a file, what explains files by it, and the layer's name. Raises ValueError."
     import torch
+    from dicomcam.absolute import shown_smooth
     from dicomcam.attribution import attribute, attribution
     from dicomcam.choice import shown_by
     from dicomcam.layers import fine_stage
     from dicomcam.models import load_model
     learn = load_model(model)
+    smooth = shown_smooth(learn, method, layer, smooth, scale)
     method, layer = shown_by(learn, method, layer)
     layers = fine_stage(learn) if layer is None and attribution(method).layered else layer
     maps = partial(attribute, learn, layers=layers, method=method, smooth=smooth)
     size = learn.dls.setup.size
-    shown, = maps(torch.zeros(1, 1, size, size), classes=cls).layers
-    return list(learn.dls.vocab), maps, shown
+    h = maps(torch.zeros(1, 1, size, size), classes=cls)
+    if scale == 'absolute' and not h.scale:
+        raise ValueError(f'{model}: knows no absolute scale of {h.method}, layer {h.layers[0]}. Leave --scale out.')
+    return list(learn.dls.vocab), maps, f'{h.layers[0]}, {h.scale if h.scale and scale != "own" else "each by its own maximum"}'
 
 def _check_failed(failed, n):
     "Raise OSError for a full disk, which is not the file's fault, and ValueError where all `n` files failed."
@@ -316,11 +322,12 @@ def _help(team, out, engine, draw):
 @_maps
 @click.option('--class', 'cls',
     help='Class to explain; by default the likeliest of each image for the boxes, and all in the pictures.')
+@_scale
 @click.option('--dicom', is_flag=True, help='Also write DICOM objects: overlay (.sc.dcm), bright region (.seg.dcm).')
 @click.option('--bs', default=16, show_default=True, type=click.IntRange(1), help='Images in a batch.')
 @click.option('--phi', is_flag=True, help='Name files by their whole path, not by that below the folder of all.')
 @_out('heatmaps', 'Folder for the results.')
-def explain(model, files, named, method, smooth, layer, cls, dicom, bs, phi, out, force):
+def explain(model, files, named, method, smooth, layer, cls, scale, dicom, bs, phi, out, force):
     """Heatmaps of DICOM files by MODEL: a picture each, and heatmaps.csv with probabilities and boxes.
 
     MODEL is a file that train wrote, or a chest network that others trained: xrv:densenet121-res224-all, say.
@@ -333,9 +340,9 @@ def explain(model, files, named, method, smooth, layer, cls, dicom, bs, phi, out
     from dicomcam.team import Team
     if named: model, files = named, (model, *files)
     if not files: raise click.UsageError("Missing argument 'DICOM...'.", click.get_current_context())
-    engine = partial(_engine, model, method, smooth, layer, cls)
+    engine, own = partial(_engine, model, method, smooth, layer, cls, scale), 'own' if scale == 'own' else None
     def draw(part, maps, files, vocab, team, progress=True):
-        return draw_heatmaps(part, maps, files, vocab, cls, dicom, bs, phi, team.share(len(files), bs), progress)
+        return draw_heatmaps(part, maps, files, vocab, cls, dicom, bs, phi, team.share(len(files), bs), progress, own)
     with Team() as team:
         if not team.first: click.get_current_context().exit(int(_help(team, out, engine, draw)))
         with _output(out, force, folder=True) as part:

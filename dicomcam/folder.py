@@ -107,19 +107,19 @@ def _untold(e, file, told):
     text = str(e) if str(file) == file.name else str(e).replace(str(file), told)
     return _line(unquoted(text))
 
-def _write(h, i, cls, path, dicom):
+def _write(h, i, cls, path, dicom, scale):
     "Of image `i` the picture, and with `dicom` the DICOM objects, as files `path`.*; its bright regions."
     from matplotlib import pyplot as plt
     from dicomcam.objects import save_sc, save_seg
     def to(end): return path.with_name(path.name+end)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fig = h.show(i, cls)
+    fig = h.show(i, cls, scale=scale)
     fig.savefig(to('.png'), dpi=80)
     plt.close(fig)
-    boxes = h.boxes(i, cls)
+    boxes = h.boxes(i, cls, scale=scale)
     if dicom:
-        save_sc(h, i, to('.sc.dcm'), cls)
-        if len(boxes): save_seg(h, i, to('.seg.dcm'), cls)
+        save_sc(h, i, to('.sc.dcm'), cls, scale=scale)
+        if len(boxes): save_seg(h, i, to('.seg.dcm'), cls, scale=scale)
     return boxes.to_dict('records') or [{}]
 
 # %% ../nbs/api/35_folder.ipynb #23293e08
@@ -134,6 +134,7 @@ def draw_heatmaps(
     phi:bool=False,
     mine:Iterable[int]|None=None, # Numbers of the files to explain; None: all
     progress:bool=True, # Show a bar with the time left where somebody sees it?
+    scale:str|None=None, # As for `write_heatmaps`
 ) -> dict: # Number of a file -> (its rows of heatmaps.csv, why it could not be explained or None)
     "A picture of each file. An OSError or ValueError is noted; any other error is raised."
     columns = _class_columns(vocab)
@@ -145,7 +146,7 @@ def draw_heatmaps(
         try:
             if error: raise error
             row |= {'class': vocab[h.cls(i, cls)], **dict(zip(columns, h.probs[i].tolist()))}
-            boxes = _write(h, i, cls, folder/name, dicom)
+            boxes = _write(h, i, cls, folder/name, dicom, scale)
         except (OSError, ValueError) as e:
             why = _line(str(e))
             drawn[k] = [row | dict(error=why if phi else _untold(e, file, all_told[k]))], why
@@ -179,6 +180,8 @@ def write_heatmaps(
     dicom:bool=False, # Also write DICOM objects?
     bs:int=16,        # Files at a time
     phi:bool=False,   # Call a file by its whole path, rather than by that below the folder that all share?
+    scale:str|None=None, # 'own': each map by its maximum; None: the scale of all films, where the heatmaps know it
 ) -> dict: # File -> why it could not be explained
     "A picture of each file, and heatmaps.csv. An OSError or ValueError is noted there; any other error is raised."
-    return write_table(folder, [draw_heatmaps(folder, explain, files, vocab, cls, dicom, bs, phi)], files, vocab)
+    drawn = draw_heatmaps(folder, explain, files, vocab, cls, dicom, bs, phi, scale=scale)
+    return write_table(folder, [drawn], files, vocab)

@@ -29,7 +29,8 @@ from .files import whole
 from .text import for_terminal
 from .read import element_values, read_dicom, transfer_syntax
 from .decode import pixel_options
-from .heatmaps import Heatmaps
+from .scale import HeatScale
+from .heatmaps import Heatmaps, nothing_speaks
 
 # %% ../nbs/api/32_objects.ipynb #f18e393c
 def overlay(
@@ -39,9 +40,10 @@ def overlay(
     layer=None,         # Layer; None: the last
     alpha:float=0.6,    # Opacity where the map is brightest
     cmap:str='inferno', # Colours, by matplotlib's name
+    scale:str|HeatScale|None=None, # As for `Heatmaps.show`
 ) -> np.ndarray:        # uint8, (rows, columns, 3)
     "The heatmap over the original's own pixels, as `h.show(native=True)` draws it."
-    image, heat = np.atleast_3d(h.picture(i, native=True)), h.heat(i, cls, layer)
+    image, heat = np.atleast_3d(h.picture(i, native=True)), h.heat(i, cls, layer, scale=scale)
     opacity = alpha*heat[..., None]
     colour = colormaps[cmap](heat)[..., :3]
     return (255*((1-opacity)*image + opacity*colour) + .5).astype(np.uint8)
@@ -143,6 +145,13 @@ def _told(h, i, cls, layer):
     name, layer = (for_terminal(o)[:64].replace('\\', '/') for o in (h.classes[k], h.layers[h.layer(layer)]))
     return name, f'{h.method} of {name} {h.probs[i, k]:.2f}, layer {layer}'
 
+def _scaled(h, i, cls, layer, scale):
+    "Lines that say what the map is drawn by, and whether anything is left of it."
+    by = h.drawn_by(i, cls, layer, scale)
+    if not by: return ['by its own maximum, whatever that is']
+    dark = [] if h.heat(i, cls, layer, scale=scale).any() else [for_terminal(nothing_speaks(h.classes[h.cls(i, cls)]))]
+    return [str(by), *dark]
+
 def _has_frames(src):
     "Does a reference to `src` have to name the frame? A Secondary Capture of the plain kind has no frame numbers."
     return pixel_options(src)['number_of_frames'] > 1 and src.get('SOPClassUID') != uid.SecondaryCaptureImageStorage
@@ -171,6 +180,7 @@ def save_sc(
     layer=None,         # Layer; None: the last
     alpha:float=0.6,    # Opacity where the map is brightest
     cmap:str='inferno', # Colours, by matplotlib's name
+    scale:str|HeatScale|None=None, # As for `Heatmaps.show`
 ) -> Path:              # `fn`
     """The overlay as a DICOM Secondary Capture in the study of its source, "not for diagnostic use" burned in. The rows
     and columns of the source come first, a strip of text follows. What is carried over of patient and study is mended
@@ -179,8 +189,9 @@ def save_sc(
     src, ds = _derived(h, i)
     _, what = _told(h, i, cls, layer)
     maker, now = f'dicomcam {__version__}', datetime.now()
-    lines = [f'{maker}: {what}', 'Research only. NOT FOR DIAGNOSTIC USE']
-    picture = captioned(overlay(h, i, cls, layer, alpha, cmap), lines)
+    scaled = _scaled(h, i, cls, layer, scale)
+    lines = [f'{maker}: {what}', *scaled, 'Research only. NOT FOR DIAGNOSTIC USE']
+    picture = captioned(overlay(h, i, cls, layer, alpha, cmap, scale), lines)
     rows, cols, _ = picture.shape
     padding = b'\0'*(picture.size % 2)
     _elements(ds, SOPClassUID=uid.SecondaryCaptureImageStorage, SOPInstanceUID=uid.generate_uid(),
@@ -188,7 +199,8 @@ def save_sc(
         Modality='OT', ConversionType='WSD', ImageType=['DERIVED', 'SECONDARY'],
         ContentDate=f'{now:%Y%m%d}', ContentTime=f'{now:%H%M%S}',
         SeriesDescription=f'Not for diagnostic use: {what}'[:64],
-        DerivationDescription=f'{what}, over the image, by {maker}. Research only, not for diagnostic use.',
+        DerivationDescription=f'{what}, over the image, by {maker}; {"; ".join(scaled)}. '
+            'Research only, not for diagnostic use.',
         BurnedInAnnotation='NO' if src.get('BurnedInAnnotation') == 'NO' else 'YES',
         PatientOrientation='', Laterality='',
         Manufacturer='dicomcam', ManufacturerModelName='dicomcam', SoftwareVersions=__version__,
@@ -253,18 +265,22 @@ def save_seg(
     fn:str|Path,  # Where to, `region.dcm` say
     cls=None,     # Class, by name or index; None: the likeliest
     layer=None,   # Layer; None: the last
-    at:float=0.5, # Share of the map's maximum from which on a pixel belongs to the region
+    at:float|None=None, # Heat from which on a pixel belongs to the region; None: as for `Heatmaps.boxes`
+    scale:str|HeatScale|None=None, # As for `Heatmaps.show`
 ) -> Path:        # `fn`
     """The bright region of a heatmap as a DICOM Segmentation in the study of its source. Needs highdicom, the `[dicom]`
-    extra. Raises ImportError without it, and ValueError for a map that is zero everywhere, for a source without an
+    extra. Raises ImportError without it, and ValueError for a map without any colour, for a source without an
     identity and for heatmaps of a batch. Patient and study as for `save_sc`. Written whole or not at all."""
     if not find_spec('highdicom'):
         raise ImportError('A DICOM Segmentation needs highdicom: pip install "dicomcam[dicom]"')
     src, ref = _derived(h, i)
     name, what = _told(h, i, cls, layer)
-    mask = h.heat(i, cls, layer) >= at
+    by = h.drawn_by(i, cls, layer, scale)
+    heat = h.heat(i, cls, layer, scale=scale)
+    mask = heat > 0 if by and at is None else heat >= (.5 if at is None else at)
     if not mask.any():
         zero = f'{h.items[i]}: the heatmap of {name} is zero everywhere'
+        if heat.any(): zero = f'{h.items[i]}: the heatmap of {name} is nowhere at {at}'
         raise ValueError(f'{zero}, so there is no region to save. Take another class or layer.')
     sop_class = _segmented(src, ref, *mask.shape)
     seg = _segmentation(mask, ref, name, what, h.method)
