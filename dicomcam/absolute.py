@@ -92,8 +92,8 @@ def choose_scale(
     most:int=300,            # Films of either kind that are looked at
     **kw                     # As for `absolute_scale`
 ) -> HeatScale|None:         # Also kept as `learn.heat_scale`, for `save_model`; None: too few healthy films
-    """The scale of what `chosen` says, of the labelled films of the learner's split, or of those given. Warns where there
-    are too few healthy films, and no scale then."""
+    """The scale of what `chosen` says, of the labelled films of the learner's split, or of those given. Warns where
+    there are too few healthy films, and no scale then."""
     vocab = list(learn.dls.vocab)
     cls, choice = vocab[find_class(-1 if cls is None else cls, vocab)], chosen(learn)
     files, healthy, group, name = _labelled(learn, items, labels, cls)
@@ -120,7 +120,7 @@ def shown_smooth(
     layer=None,            # Likewise
     smooth=None,           # Likewise
     scale:str|None=None,   # 'own': no scale is wanted
-) -> object:               # What to smooth by
+) -> Any:                  # What to smooth by
     "What `attribute` is to smooth by, so that the learner's scale fits."
     known = getattr(learn, 'heat_scale', None)
     if smooth is None and method is None and layer is None and scale != 'own' and known: return known.smooth

@@ -184,8 +184,9 @@ _maps = _options(
             'showed lesions best in training; else gradcam.'),
     click.option('--smooth', help='noise or tta: the mean map of noisy copies, or of mirror images and brightness.'),
     click.option('--layer', metavar='LAYER', type=_layer, help=_LAYER))
-_scale = click.option('--scale', type=click.Choice(['absolute', 'own']), help='absolute: what healthy films stay below has '
-    'no colour; own: each map by its maximum. By default absolute, where MODEL knows it of what is shown.')
+_scale = click.option('--scale', type=click.Choice(['absolute', 'own']),
+    help='absolute: what healthy films stay below has no colour; own: each map by its maximum. By default absolute, '
+        'where MODEL knows it of what is shown.')
 
 # %% ../nbs/api/37_cli.ipynb #cec51bfa
 @main.command()
@@ -294,7 +295,8 @@ def _engine(model, method, smooth, layer, cls, scale):
     h = maps(torch.zeros(1, 1, size, size), classes=cls)
     if scale == 'absolute' and not h.scale:
         raise ValueError(f'{model}: knows no absolute scale of {h.method}, layer {h.layers[0]}. Leave --scale out.')
-    return list(learn.dls.vocab), maps, f'{h.layers[0]}, {h.scale if h.scale and scale != "own" else "each by its own maximum"}'
+    drawn = 'each by its own maximum' if scale == 'own' or not h.scale else h.scale
+    return list(learn.dls.vocab), maps, f'{h.layers[0]}, {drawn}'
 
 def _check_failed(failed, n):
     "Raise OSError for a full disk, which is not the file's fault, and ValueError where all `n` files failed."

@@ -132,9 +132,6 @@ class _NamedMaps(_RawMaps):
         raise ValueError(f'No map of layer {layer!r} here; there are {", ".join(self.layers)}.')
 
 # %% ../nbs/api/25_heatmaps.ipynb #heac0006
-_BOX = 'x', 'y', 'width', 'height', 'peak', 'mass'
-_ANY = 1e-30 # heat: any colour at all
-
 class _NativeMaps(_NamedMaps):
     "Maps on the rows x columns of the original images."
     def where(self,
@@ -187,6 +184,12 @@ class _NativeMaps(_NamedMaps):
         by = scale or self.scale
         return by if by and by.fits(*names) else None
 
+# %% ../nbs/api/25_heatmaps.ipynb #04d35952
+_BOX = 'x', 'y', 'width', 'height', 'peak', 'mass'
+_ANY = 1e-30 # heat: any colour at all
+
+class _BoxedMaps(_NativeMaps):
+    "Their bright regions."
     def boxes(self,
         i:int,           # Number of the image
         cls=None,        # Class; None: the likeliest
@@ -215,7 +218,7 @@ def _regions(heat, at):
     return rows
 
 # %% ../nbs/api/25_heatmaps.ipynb #e5f52193
-class _WeightedMaps(_NativeMaps):
+class _WeightedMaps(_BoxedMaps):
     "Maps and a prior of the same films."
     def seen(self,
         prior:LesionPrior, # From `lesion_prior`, of films that are not these
@@ -354,7 +357,8 @@ def _colour_bar(row, by, method, cmap):
     if not by: return
     bar.ax.axhspan(0, by.threshold, color='white')
     bar.ax.axhline(by.threshold, color='black')
-    bar.set_ticks([0, by.threshold, by.top], labels=['0', f'{by.threshold:.2g}: healthy\nfilms stay below', f'{by.top:.2g}'])
+    threshold = f'{by.threshold:.2g}: healthy\nfilms stay below'
+    bar.set_ticks([0, by.threshold, by.top], labels=['0', threshold, f'{by.top:.2g}'])
 
 # %% ../nbs/api/25_heatmaps.ipynb #32d5bf23
 def joined(

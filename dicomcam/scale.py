@@ -74,14 +74,14 @@ def healthy_limit(
     """What a `share` of all healthy films stay below: a one-sided tolerance limit (Wilks 1941, Annals of Mathematical
     Statistics 12, 91-96). Raises ValueError for too few films, warns where the largest maximum is not sure enough."""
     maxima = np.sort(np.asarray(maxima, np.float32))
-    n = len(maxima)
+    n, enough = len(maxima), math.ceil(math.log(1-sure)/math.log(share))
     if not np.isfinite(maxima).all(): raise ValueError('A maximum is NaN or infinite: the network is spoilt.')
-    if n+1 < 1/(1-share)-1e-9:
-        raise ValueError(f'{n} healthy films: that {share:.0%} stay dark takes {math.ceil(1/(1-share)-1e-9)-1} or more, '
-            f'and {math.ceil(math.log(1-sure)/math.log(share))} to be {sure:.0%} sure of it.')
+    if n < (fewest := math.ceil(share/(1-share)-1e-9)):
+        raise ValueError(f'{n} healthy films: that {share:.0%} stay dark takes {fewest} or more, '
+            f'and {enough} to be {sure:.0%} sure of it.')
     held = binom.cdf(np.arange(n), n, share) # of the k-th smallest, k from 1
     k = int(np.argmax(held >= sure)) if held[-1] >= sure else n-1
     if held[k] < sure:
-        warnings.warn(f'{n} healthy films: that {share:.0%} of all stay below the largest of them is {held[k]:.0%} sure; '
-            f'{math.ceil(math.log(1-sure)/math.log(share))} films make it {sure:.0%}.')
+        warnings.warn(f'{n} healthy films: that {share:.0%} of all stay below the largest of them is {held[k]:.0%} '
+            f'sure; {enough} films make it {sure:.0%}.')
     return float(np.nextafter(maxima[k], np.float32(np.inf)))
