@@ -237,7 +237,7 @@ def test_nothing_is_written_beside_the_originals(folder, tmp_path, monkeypatch):
     files = found_files(['../data/a.dcm', 'b.dcm', 'link/../data/a.dcm', 'link/a.dcm', '../sub/./b.dcm', Path('b.dcm').absolute(), 'c.dcm'])
     assert list(map(str, files)) == ['../data/a.dcm', 'b.dcm', 'c.dcm']
     out.mkdir()
-    monkeypatch.setattr(Heatmaps, 'show', lambda h, i, cls: plt.figure())
+    monkeypatch.setattr(Heatmaps, 'show', lambda h, i, cls, scale: plt.figure())
     assert not write_heatmaps(out, heatmaps, files, ['No Finding', 'Pneumothorax'], dicom=True)
     assert inside(out) == ['data/a.png', 'data/a.sc.dcm', 'data/a.seg.dcm', 'heatmaps.csv', *(f'sub/{o}' for o in ('b.png', 'b.sc.dcm', 'b.seg.dcm', 'c.png', 'c.sc.dcm', 'c.seg.dcm'))]
     assert [o for o in inside(tmp_path) if not o.startswith('out/')] == before and Path('../data/a.png').read_text() == 'mine'
@@ -293,7 +293,7 @@ def test_odd_file_names_in_heatmaps_csv(folder, tmp_path, monkeypatch):
         return heatmaps(files)
     out = tmp_path/'out'
     out.mkdir()
-    monkeypatch.setattr(Heatmaps, 'show', lambda h, i, cls: plt.figure())
+    monkeypatch.setattr(Heatmaps, 'show', lambda h, i, cls, scale: plt.figure())
     failed = write_heatmaps(out, explain, files, ['No Finding', 'Pneumothorax'])
     assert sorted(o.name for o in failed) == ['bad\nfile', 'gone'] and all(str(d) in o for o in failed.values())
     df = table(out)
