@@ -10,22 +10,19 @@ __all__ = ['report']
 # %% ../nbs/api/34_report.ipynb #23eb896c
 import warnings
 from collections.abc import Callable
-from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np, pandas as pd
 from fastai.learner import Learner
-from jinja2 import Environment, PackageLoader
 from matplotlib import colormaps
 
-from . import __version__
 from .files import whole
-from .text import for_terminal
 from .read import read_dicom
 from .data import lesion_mask
-from .labels import is_multi, label_classes, label_text, positive_classes
+from .labels import has_class, is_multi, label_classes, label_text, positive_classes
 from .batches import split_counts
-from .results import class_scores, evaluate, positive_scores, prediction_classes, predictions
+from .results import class_scores, evaluate, positive_scores, prediction_classes
 from .subgroups import subgroups
 from .plots import plot_calibration, plot_confusion, plot_pr, plot_roc, plot_scores, plot_subgroups
 from .absolute import shown_smooth
@@ -34,6 +31,7 @@ from .layers import first_fine
 from .heatmaps import nothing_speaks, read_mask
 from .attribution import attribute, attribution
 from .pictures import heat_uri, outline_path, photo_uri, plot_uri
+from .passport import Passport, as_findings, html_page, passport_values, readable_predictions
 
 # %% ../nbs/api/34_report.ipynb #d2f51d21
 def _origin(learn, df):
@@ -67,10 +65,28 @@ def _counts(learn, df, items):
 
 def _about_data(learn, df, items):
     "For the template: how many images, of whom, and how they relate to those of the training."
-    setup = learn.dls.setup
     return dict(images=len(df), patients=df.patient.nunique(), counts=_counts(learn, df, items),
-        split=_origin(learn, df), skipped=len(setup.skipped) if items is None else 0,
-        network=f'{learn.network.arch}, {setup.size} pixels')
+        split=_origin(learn, df), network=f'{learn.network.arch}, {learn.dls.setup.size} pixels')
+
+# %% ../nbs/api/34_report.ipynb #2c2503a8
+def _left_out(learn, items, bad, phi):
+    "A sentence on images that could not be read (file -> why); '' where there are none."
+    if items is None: bad = learn.dls.setup.skipped.to_dict()
+    if not bad: return ''
+    says = f'{len(bad)} {"image" if len(bad) == 1 else "images"} could not be read and left out'
+    if phi: return f'{says}: {"; ".join(bad.values())}'
+    if not isinstance(items, (pd.DataFrame, list, tuple)): return f'{says}.'
+    files = list(items.file if isinstance(items, pd.DataFrame) else items)
+    numbers = [str(i) for i, o in enumerate(files, 1) if o in bad]
+    more = ' and more' if len(numbers) > 20 else ''
+    return f'{says}: number {", ".join(numbers[:20])}{more} of the {len(files)} in the labels.'
+
+def _findings(df, positives):
+    "Which of `positives` the labels know, and the loss by these alone."
+    known = [cls for cls in positives if has_class(df.label, cls).any()] or positives
+    is_class = np.column_stack([has_class(df.label, cls) for cls in known])
+    probs = class_scores(df)[known].to_numpy()
+    return known, df.assign(loss=-np.log(np.where(is_class, probs, 1-probs).clip(1e-12)).mean(1))
 
 # %% ../nbs/api/34_report.ipynb #42f6c5ef
 def _result(df, positive, threshold, vocab):
@@ -177,16 +193,22 @@ def _about_cases(heatmaps, cases, vocab, shown, path, phi, side, layer=None, sca
             mask = lesion_mask(path, row.file) if path else None
             done.append(dict(no=len(done)+1) | _case(h, i, row, vocab, shown, mask, phi, side, scale))
     colours = 255*colormaps['inferno'](np.linspace(0, 1, 9))
-    return dict(shown=shown, scale=known, labels=sorted(set(cases.label.map(label_text))), cases=done, layers=names,
-        layer=first, outlined=any(o['outline'] for o in done),
+    return dict(shown=shown, labels=sorted(set(cases.label.map(label_text))), cases=done, layers=names, layer=first,
+        at=h.layers[names.index(first)], outlined=any(o['outline'] for o in done), scale=known,
         colours=[f'rgb({r:.0f} {g:.0f} {b:.0f})' for r, g, b, _ in colours])
 
-# %% ../nbs/api/34_report.ipynb #rep00013
-def _render(**what):
-    "The page that `report.html.jinja` makes of `what`."
-    def readable(o): return for_terminal(o) if type(o) is str else o # what is Markup is ours
-    env = Environment(loader=PackageLoader('dicomcam', ''), autoescape=True, trim_blocks=True, finalize=readable)
-    return env.get_template('report.html.jinja').render(version=__version__, today=f'{datetime.now():%d %B %Y}', **what)
+# %% ../nbs/api/34_report.ipynb #9417cacd
+_MOST = 100 # films
+
+def _trust(learn, df, path, cls, layer, method, smooth):
+    "For the template: what the passport says of the heatmaps shown first; None where no lesion is known."
+    known = np.flatnonzero([lesion_mask(path, o) is not None for o in df.file] if path else [])
+    if not len(known): return None
+    some = df.iloc[known[np.unique(np.linspace(0, len(known)-1, min(_MOST, len(known))).astype(int))]]
+    films = some[['file', 'label']].assign(group=some.patient).dropna(axis=1).reset_index(drop=True)
+    values = passport_values(learn, films, partial(lesion_mask, path), cls, layer, method, faithful=0, smooth=smooth)
+    made = f'Heatmaps by {method}' + (f' of layer {layer}.' if layer else '.')
+    return Passport.of(values, cls, made).words(('pointing',), ('pointing', 'mass', 'auprc'))
 
 # %% ../nbs/api/34_report.ipynb #rep00014
 def report(
@@ -211,25 +233,26 @@ def report(
     choice = chosen(learn) if method is None and layers is None else None
     smooth = shown_smooth(learn, method, layers, smooth, scale)
     method, _ = shown_by(learn, method, layers)
-    layered = attribution(method).layered
-    df = predictions(learn, items, progress)
+    layered, asked, items = attribution(method).layered, items, as_findings(learn, items)
+    df, bad = readable_predictions(learn, items, progress)
     vocab = prediction_classes(df)
     positives = positive_classes(vocab, is_multi(df.label), positive)
+    if items is not asked: positives, df = _findings(df, positives)
     shown = positives[0] if len(positives) == 1 else None # the class of which maps and scores are shown first
-    labelled = df.label.notna().all()
-    results = [_result(df, cls, threshold, vocab) for cls in positives] if labelled else []
+    results = [_result(df, cls, threshold, vocab) for cls in positives] if df.label.notna().all() else []
     picked, chosen_cases = _pick_cases(df, n, phi)
     cases = picked[['file', 'label', 'patient', 'loss']].assign(scores=class_scores(picked).to_dict('records'),
         predicted=_predicted(df, vocab, results))
-    files = picked.file.tolist()
     if layers is None and layered: layers = late_stages(learn, 3)
     if choice:
         layers = list(dict.fromkeys([*layers, choice['layer']]))
         chosen_cases += f" Heatmaps by {method}, first of layer {choice['layer']}; {choice['reason']}."
-    heatmaps = attribute(learn, files, vocab, layers, method, smooth, batches=True)
-    table = learn.dls.setup.table if items is None else df
-    html = _render(title=title or 'Report of an X-ray classifier', method=method, vocab=vocab, phi=phi, side=side,
-        chosen=chosen_cases, **_about_data(learn, df, items), **_about_results(df, table, vocab, results),
-        **_about_cases(heatmaps, cases, vocab, shown, path, phi, side, choice and choice['layer'], scale))
+    heatmaps = attribute(learn, picked.file.tolist(), vocab, layers, method, smooth, batches=True)
+    gallery = _about_cases(heatmaps, cases, vocab, shown, path, phi, side, choice and choice['layer'], scale)
+    trust = _trust(learn, df, path, shown or positives[-1], gallery['at'] if layered else None, method, smooth)
+    html = html_page('report.html.jinja', title=title or 'Report of an X-ray classifier', method=method, vocab=vocab,
+        phi=phi, side=side, chosen=chosen_cases, skipped=_left_out(learn, items, bad, phi), passport=trust,
+        **_about_data(learn, df, items), **gallery,
+        **_about_results(df, learn.dls.setup.table if items is None else df, vocab, results))
     with whole(fn) as part: part.write_text(html, encoding='utf-8')
     return Path(fn)
