@@ -38,7 +38,7 @@ from dicomcam.protocols import arun_similarity
 from dicomcam.read import read_dicom
 from dicomcam.results import class_scores, predictions
 from dicomcam.tables import read_table
-from dicomcam.training import train_learner
+from dicomcam.training import full_recipe, train_learner
 
 MEASURES = 'pointing', 'mass', 'auprc'
 SIDE = 32 # of the mean maps
@@ -235,7 +235,7 @@ def of_pixels(file):
 
 def questions(films, read):
     "AUC of the score for the label, for what readers say, within views; and of trivial numbers for the label."
-    rows = {'the label': auc(films, is_positive(films)) | dict(group='the label, all films')}
+    rows = {'the label': auc(films, is_positive(films))}
     for view, o in films.groupby('view'):
         if o.label.nunique() == 2: rows[f'the label, view {view}'] = auc(o, is_positive(o))
     films = films.assign(read=films.file.map(read))
@@ -301,8 +301,8 @@ def main(args):
     folders = [Path(os.path.abspath(o)) for o in args.folders]
     films = films_of(folders, args.folds, args.seed)
     lesion = partial(mask_of, folders=folders, boxes=boxes_of(folders, args.boxes))
-    args.recipe = (dict(pretrained=args.pretrained) if args.pretrained else {}) | json.loads(args.recipe)
-    about = {k: v for k, v in args.recipe.items() if k != 'pretrained'} | dict(pretrained=bool(args.pretrained))
+    args.recipe = full_recipe(**(dict(pretrained=args.pretrained) if args.pretrained else {}) | json.loads(args.recipe))
+    about = args.recipe | dict(pretrained=bool(args.recipe.get('pretrained')))
     res = dict(films=len(films), patients=films.patient.nunique(), seed=args.seed, recipe=about, flip=args.flip, ema=args.ema)
     for n in args.films:
         part = with_scores(films, run_folds(films, lesion, args, n))
