@@ -24,7 +24,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dicomcam.batches import XrayTfm
-from dicomcam.choice import CANDIDATES, late_stages, layer_scores, training_lesions, training_prior
+from dicomcam.choice import CANDIDATES, choose_layer, late_stages, layer_scores, training_lesions, training_prior
 from dicomcam.data import lesion_mask
 from dicomcam.files import plain_progress
 from dicomcam.gradcam import gradcam
@@ -33,6 +33,7 @@ from dicomcam.labels import label_table
 from dicomcam.localize import measures_by_image
 from dicomcam.maps import positive as speaks_for
 from dicomcam.models import load_model, save_model
+from dicomcam.passport import Passport, passport_values
 from dicomcam.pixels import dicom_pixels
 from dicomcam.protocols import arun_similarity
 from dicomcam.read import read_dicom
@@ -214,9 +215,22 @@ def run_fold(fold, films, lesion, n_films, args):
 
 def run_folds(films, lesion, args, n_films=None):
     "What `run_fold` says of each fold."
-    run = partial(run_fold, films=films, lesion=lesion, n_films=n_films, args=args)
+    return in_folds(partial(run_fold, films=films, lesion=lesion, n_films=n_films, args=args), args)
+
+def in_folds(run, args):
+    "What `run` gives of each fold."
     if args.jobs == 1: return [run(fold) for fold in range(args.folds)]
     with ProcessPoolExecutor(args.jobs, get_context('spawn')) as pool: return list(pool.map(run, range(args.folds)))
+
+def passport_of_fold(fold, films, lesion, args):
+    "What a fold's network says of the films that it has not seen; layer, method and prior are of the films that it has."
+    torch.set_num_threads(max(1, (os.cpu_count() or 1)//args.jobs))
+    plain_progress()
+    learn = trained(films, fold, None, args.seed, args)
+    choice = choose_layer(learn, mask_of=lesion)
+    print(f'fold {fold}:', choice, flush=True)
+    table = films.loc[films.fold == fold, ['file', 'label', 'patient']].rename(columns=dict(patient='group')).reset_index(drop=True)
+    return passport_values(learn, table, lesion, prior=training_prior(learn, mask_of=lesion), faithful=args.faithful)
 
 # --- all folds ---
 
@@ -318,6 +332,14 @@ def main(args):
     print('mean of trainings:', res['auc_of_mean'])
     for fold in folds: print(f'fold {fold["fold"]}:', fold.get('choices'), flush=True)
     if all('values' in o for o in folds): res |= heatmaps_of(folds, films)
+    if args.passport:
+        values = in_folds(partial(passport_of_fold, films=films, lesion=lesion, args=args), args)
+        passport = Passport.of(values, max(films.label.unique()), f'Out of fold: each film by the one of {args.folds} networks that has '
+            'not seen it, at the layer and by the method that hit most lesions of those that it has seen.')
+        passport.to_html(args.passport, 'Trust passport of real films')
+        passport.to_json(Path(args.passport).with_suffix('.json'))
+        print(passport, flush=True)
+        res['passport'] = [o._asdict() for o in passport.verdict]
     res |= dict(train_seconds=[o['train_seconds'] for o in folds], fold_seconds=[o['seconds'] for o in folds], seconds=round(time.monotonic()-start))
     print(res['seconds'], 'seconds')
     if args.out: Path(args.out).write_text(json.dumps(res))
@@ -334,6 +356,8 @@ if __name__ == '__main__':
     p.add_argument('--films', nargs='*', type=int, default=[], help='also train on so many films only')
     p.add_argument('--trainings', type=int, default=1, help='networks a fold')
     p.add_argument('--auc', action='store_true', help='no heatmaps')
+    p.add_argument('--passport', metavar='FILE.html', help='page to write: all that may be said of the heatmaps; FILE.json beside it')
+    p.add_argument('--faithful', type=int, default=4, help='films a fold on which the passport holds the heatmaps against the network')
     p.add_argument('--folds', type=int, default=5)
     p.add_argument('--seed', type=int, default=42)
     p.add_argument('--jobs', type=int, default=1, help='folds at a time')
