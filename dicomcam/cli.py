@@ -414,10 +414,12 @@ def report(model, folder, labels, by, method, smooth, layer, positive, held_out,
 @_maps
 @_judging
 @click.option('--faithful', default=20, show_default=True, type=click.IntRange(0),
-    help='Most images on which the heatmaps are held against MODEL, which takes a hundred passes each.')
+    help='Most images on which the heatmaps are held against MODEL, which takes a few hundred passes each.')
+@click.option('--also', multiple=True, metavar='MODEL',
+    help='Another training of MODEL, or several: do their heatmaps show the same?')
 @click.option('--json', 'beside', is_flag=True, help='Also write verdict and table as JSON, beside the HTML file.')
 @_out('passport.html', 'HTML file to write.')
-def passport(model, folder, labels, by, method, smooth, layer, positive, held_out, faithful, beside, out, force):
+def passport(model, folder, labels, by, method, smooth, layer, positive, held_out, faithful, also, beside, out, force):
     """What may be said of MODEL's heatmaps, and what not: on the labelled images of FOLDER, where masks/ or boxes.csv
     know the lesions.
 
@@ -428,8 +430,10 @@ def passport(model, folder, labels, by, method, smooth, layer, positive, held_ou
     if beside and json_out == Path(out): raise ValueError(f'{out}: is where the JSON goes. Name an HTML file.')
     with _output(out, force) as part, _output(str(json_out), force) if beside else nullcontext() as json_part:
         from dicomcam.passport import passport as made
+        from dicomcam.models import load_model
         learn, table = _model_and_table(model, folder, labels, by, held_out)
-        told = made(learn, table, folder, positive, layer, method, faithful=faithful, smooth=smooth)
+        others = [load_model(o) for o in also]
+        told = made(learn, table, folder, positive, layer, method, faithful=faithful, smooth=smooth, others=others)
         told.to_html(part)
         if json_part: told.to_json(json_part)
     for say in told.verdict: _tell(say.text)

@@ -10,12 +10,13 @@ __all__ = ['FIGURES', 'Figure', 'published', 'readable_predictions', 'as_finding
 
 # %% ../nbs/api/33b_passport.ipynb #ce166228
 import json, warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, partial
+from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np, pandas as pd
 from fastai.learner import Learner
@@ -33,6 +34,7 @@ from .labels import has_class, is_multi
 from .intervals import mean_interval, paired_difference
 from .results import class_scores, predictions
 from .plots import plot_forest
+from .maps import positive
 from .prior import LesionPrior, lesion_prior
 from .heatmaps import find_class, read_mask
 from .attribution import attribute
@@ -40,9 +42,13 @@ from .methods import METHODS
 from .measures import MEASURES
 from .localize import baselines
 from .choice import chosen, shown_by, training_prior
-from .protocols import (arun_localization, box_overlap, chexlocalize_hit, chexlocalize_iou,
+from .froc import froc_curve
+from .protocols import (arun_localization, arun_ssim, arun_view, box_overlap, chexlocalize_hit, chexlocalize_iou,
     chexlocalize_segmentation, reachable, wang_boxes)
+from .perturb import occlusion
 from .faithful import answers_by_image, curve_way, likeness, randomized
+from .road import occlusion_agreement, road_way
+from .repeat import trust_signals
 from .pictures import plot_uri
 
 # %% ../nbs/api/33b_passport.ipynb #95deafeb
@@ -70,8 +76,19 @@ FIGURES = dict(
         for t in (.1, .25, .5)},
     deletion=Figure('probability as the brightest pixels go', -1, 'deletion (Petsiuk et al. 2018)'),
     insertion=Figure('probability as the brightest pixels come', 1, 'insertion (Petsiuk et al. 2018)'),
+    road=Figure('ROAD', 1, 'half of what the probability loses with the brightest rather than the darkest 10, 30 and '
+        '50 % (Rong et al. 2022)'),
+    occlusion=Figure('rank correlation with occlusion', 1,
+        'with what the score loses where a patch hides the film (Zeiler and Fergus 2014)'),
+    lesions_lit=Figure('lesions with colour', 1, 'on the scale of all films, the peak of a region in the lesion'),
+    false_regions=Figure('false regions a healthy film', -1, 'on the scale of all films (FROC, Bunch et al. 1978)'),
+    healthy_lit=Figure('healthy films with any colour', -1, 'on the scale of all films'),
     drawn_spearman=Figure('rank correlation with the map of random weights', -1, 'Adebayo et al. 2018'),
-    drawn_ssim=Figure('SSIM with the map of random weights', -1, 'Adebayo et al. 2018'))
+    drawn_ssim=Figure('SSIM with the map of random weights', -1, 'Adebayo et al. 2018'),
+    repeat_ssim=Figure('SSIM with the maps of other trainings', 1, 'repeatability, Arun et al. 2021'),
+    repeat_correlation=Figure('correlation with the maps of other trainings', 1, 'over the pixels'),
+    misses_left=Figure('misses left where a fifth is unread', -1,
+        'the fifth of the films on which the trainings agree least'))
 
 # %% ../nbs/api/33b_passport.ipynb #780386f9
 _WANG = 'Wang et al. 2017, ChestX-ray8, table 4'
@@ -226,12 +243,15 @@ def _faithful_films(films, n):
     known = np.flatnonzero(might if might.any() else films.found | True)
     return known[np.unique(np.linspace(0, len(known)-1, min(n, len(known))).astype(int))] if n else []
 
-_WAYS = dict(deletion=curve_way(), insertion=curve_way(insert=True))
+_WAYS = dict(deletion=curve_way(), insertion=curve_way(insert=True), road=road_way((.1, .3, .5)))
 
 def _faithful_values(learn, h, cls, layer, prior):
     "(map, measure, value) of the score without the bright pixels of one film's maps, or with these alone."
-    said = answers_by_image(learn, h, cls, h.layers[h.layer(layer)], _WAYS, prior=prior).iloc[0]
-    return [('heatmap' if name == h.method else name, m, value) for (name, _, m), value in said.items()]
+    name = h.layers[h.layer(layer)]
+    said = answers_by_image(learn, h, cls, name, _WAYS, prior=prior).iloc[0]
+    alike = occlusion_agreement(h, occlusion(learn, h.inputs, cls), cls, name)['mean']
+    rows = [*((o, m, value) for (o, _, m), value in said.items()), *((o, 'occlusion', v) for o, v in alike.items())]
+    return [('heatmap' if o == h.method else o, m, value) for o, m, value in rows]
 
 # %% ../nbs/api/33b_passport.ipynb #e172e9f7
 def _drawn_values(learn, files, explain):
@@ -242,6 +262,27 @@ def _drawn_values(learn, files, explain):
     if len(files) > 1: pairs['another film'] = trained[1:]+trained[:1]
     alike = {name: likeness(trained, maps) for name, maps in pairs.items()}
     return [[(name, f'drawn_{m}', o[m].iloc[i]) for name, o in alike.items() for m in o] for i in range(len(files))]
+
+# %% ../nbs/api/33b_passport.ipynb #672d194d
+def _lit_values(h, mask, cls, layer, scale):
+    "(map, measure, value) of one film on the scale of all films; nothing where that is of other maps."
+    if not scale or not scale.fits(cls, h.layers[h.layer(layer)], h.method): return []
+    raw = to_np(positive(h.native(0, cls, layer)))
+    if mask is None:
+        regions = ndimage.label(raw >= scale.threshold)[1]
+        return [('heatmap', 'false_regions', regions), ('heatmap', 'healthy_lit', float(regions > 0))]
+    lesions = ndimage.label(mask)[1]
+    found = froc_curve([raw], [mask], thresholds=[scale.threshold]).sensitivity.item()*lesions
+    return [('heatmap', 'lesions_lit', float(k < round(found))) for k in range(lesions)]
+
+def _repeat_values(hs, cls, layer):
+    "(map, measure, value) of the maps of several trainings, of one film: how alike they are, and where they agree."
+    if len(hs) < 2: return []
+    views = [arun_view(o.heat(0, cls, layer, native=False)) for o in hs]
+    signals = trust_signals(hs, cls, layer).iloc[0]
+    ssim = np.mean([arun_ssim(*pair) for pair in combinations(views, 2)])
+    return [('heatmap', 'repeat_ssim', ssim), ('heatmap', 'repeat_correlation', signals.likeness),
+        ('network', 'consensus', signals.consensus)]
 
 # %% ../nbs/api/33b_passport.ipynb #236ce067
 _COLUMNS = ['film', 'patient', 'state', 'found', 'map', 'measure', 'value']
@@ -255,26 +296,33 @@ def passport_values(
     method:str|None=None,    # A name in `ATTRIBUTIONS`; None: likewise
     prior:LesionPrior|None=None, # Mean lesion of other films; None: of the training side, else of others here
     faithful:int=20,         # Most films on which the maps are held against the model; 0: none
-    smooth:str|Callable|None=None, # As for `attribute`
+    smooth:str|Callable|None=None, # As for `attribute`; None: without `layer` and `method` as the model's scale is of
+    others:Sequence[Learner]=(),   # Other trainings of the same network
 ) -> pd.DataFrame: # film, patient, state, found, map, measure, value
     """Each film's value of each of `FIGURES` for the network's map and for those that know nothing. Raises ValueError
     where masks and films differ in number or size, and for what `attribute` and `predictions` do not take."""
+    as_chosen = method is None and layer is None
     items, mask_of = as_findings(learn, items), _mask_of(masks, _files_of(learn, items))
     cls, (method, layer) = _finding(learn, items, cls), shown_by(learn, method, layer)
-    films, prior = _films(learn, items, cls), prior or training_prior(learn)
-    prior_of = _priors(mask_of, films) if prior is None else lambda patient: prior
-    explain = partial(attribute, learn, classes=[cls], layers=layer, method=method, smooth=smooth)
+    films, known = _films(learn, items, cls), prior or training_prior(learn)
+    prior_of = _priors(mask_of, films) if known is None else lambda patient: known
+    scale = getattr(learn, 'heat_scale', None) # of `choose_scale`
+    if scale and as_chosen and smooth is None: smooth = scale.smooth
+    nets = [partial(attribute, o, classes=[cls], layers=layer, method=method, smooth=smooth) for o in (learn, *others)]
     asked, rows = _faithful_films(films, faithful), []
-    cheap = len(asked) and method in METHODS and not smooth
-    drawn = dict(zip(asked, _drawn_values(learn, films.file[asked], explain))) if cheap else {}
+    cheap = len(asked) and method in METHODS and smooth in (None, 'mirror')
+    drawn = dict(zip(asked, _drawn_values(learn, films.file[asked], nets[0]))) if cheap else {}
     for i, film in films.iterrows():
         said:list = [('network', 'score', film.score)]
-        mask = mask_of(film.file)
-        if mask is not None or i in asked: h:Any = explain(film.file)
+        mask, prior = mask_of(film.file), prior_of(film.patient)
+        healthy = mask is None and film.state == 'healthy'
+        if mask is not None or i in asked or scale and healthy: h:Any = nets[0](film.file)
         if mask is not None:
             mask = read_mask(mask, *h.where(0)[:2])
-            said += _place_values(h, mask, cls, layer, prior_of(film.patient), i)
-        if i in asked: said += _faithful_values(learn, h, cls, layer, prior_of(film.patient)) + drawn.get(i, [])
+            said += _place_values(h, mask, cls, layer, prior, i)
+            said += _repeat_values([h, *(o(film.file) for o in nets[1:])], cls, layer)
+        if mask is not None or scale and healthy: said += _lit_values(h, mask, cls, layer, scale)
+        if i in asked: said += _faithful_values(learn, h, cls, layer, prior) + drawn.get(i, [])
         state = film.state if mask is None else 'ill'
         rows += [(film.file, film.patient, state, film.found, *o) for o in said]
     return pd.DataFrame(rows, columns=_COLUMNS)
@@ -287,6 +335,17 @@ def _paired(ours, other, patient):
     both = ours.notna() & other.notna()
     if not both.any(): return {}
     return dict(zip(_PAIRED, paired_difference(ours[both], other[both], patient[both]).values()))
+
+def _with_misses(values):
+    "The same, and of each film whose map misses the lesion, whether it is read where trainings disagree least."
+    of = {m: values[(values.measure == m) & (values['map'] == name)].set_index('film')
+        for m, name in dict(consensus='network', pointing='heatmap').items()}
+    if of['consensus'].empty: return values
+    trust = of['consensus'].value
+    read = trust.rank(method='first', na_option='top') > len(trust)//5
+    missed = of['pointing'][of['pointing'].value < .5].reset_index()
+    missed = missed.assign(measure='misses_left', value=missed.film.map(read).astype(float))
+    return pd.concat([values, missed[_COLUMNS]], ignore_index=True)
 
 def _rows(part):
     "One figure's row of each map, from its values."
@@ -386,6 +445,7 @@ def _says_found(table):
     if row is None or found is None or found.n == row.n: return []
     return [Say('found', None, f'Where the network calls the film ill, they do so in {_share(found)}.')]
 
+# %% ../nbs/api/33b_passport.ipynb #b64c024b
 def _says_outline(table):
     "May their outline be read?"
     row, best = _row(table, 'chexlocalize_miou'), _row(table, 'chexlocalize_miou', 'reachable')
@@ -396,21 +456,32 @@ def _says_outline(table):
     if row.high < .5: return [Say('outline', False, f'Do not read their outline as that of the lesion: {says}.')]
     return [Say('outline', None, f'Whether their outline is near that of the lesion cannot be told: {says}.')]
 
-def _says_follows(table):
-    "Do they mark what the model's score hangs on?"
-    row = _row(table, 'deletion')
-    if row is None: return [Say('follows', None, 'Whether they show what the model uses was not '
-        'asked here: `dicomcam passport` does.')]
-    says = f'without the brightest pixels, more and more of them, its probability is {row.value:.2f} in the mean'
-    if row.patients < _FEWEST:
-        return [Say('follows', None, f'{row.patients:.0f} patients are too few to say whether they show what the model '
-            'uses.')]
-    better, level, rivals = _sorted_out(table, 'deletion')
+# %% ../nbs/api/33b_passport.ipynb #8327cf5b
+_FOLLOWS = dict(deletion='without the brightest pixels, more and more of them, its probability is {:.2f} in the mean',
+    road='ROAD is {:.2f}')
+
+def _followed(table, measure):
+    "Does one figure say that the maps show what the model uses? And a clause."
+    better, level, rivals = _sorted_out(table, measure)
     name, rival = next(iter((better or level or rivals).items()))
-    says += f', without those of a map of {_BASELINES[name]} {rival.value:.2f}'
-    if better: return [Say('follows', False, f'They do not show what the model uses: {says}.')]
-    if level: return [Say('follows', None, f'Whether they show what the model uses cannot be told: {says}.')]
-    return [Say('follows', True, f'They show what the model uses: {says}.')]
+    clause = _FOLLOWS[measure].format(_row(table, measure).value)
+    return not better and (None if level else True), f'{clause}, of a map of {_BASELINES[name]} {rival.value:.2f}'
+
+def _says_follows(table):
+    "Do they mark what the model's score hangs on? Only if all figures say so, and not only if none does."
+    rows = {m: row for m in _FOLLOWS if (row := _row(table, m)) is not None}
+    if not rows: return [Say('follows', None, 'Whether they show what the model uses was not asked here: '
+        '`dicomcam passport` does.')]
+    patients = min(row.patients for row in rows.values())
+    if patients < _FEWEST:
+        return [Say('follows', None, f'{patients:.0f} patients are too few to say whether they show what the model '
+            'uses.')]
+    goods, clauses = zip(*(_followed(table, m) for m in rows))
+    says = '; '.join(clauses)
+    if set(goods) == {False}: return [Say('follows', False, f'They do not show what the model uses: {says}.')]
+    if set(goods) == {True}: return [Say('follows', True, f'They show what the model uses: {says}.')]
+    return [Say('follows', None, f'Whether they show what the model uses cannot be told: {says}.')]
+
 def _says_drawn(table):
     "Do they show what was learnt?"
     row, other = _row(table, 'drawn_spearman'), _row(table, 'drawn_spearman', 'another film')
@@ -420,6 +491,28 @@ def _says_drawn(table):
     if row.high < .5: return [Say('drawn', True, f'They show what the network has learnt: {says}.')]
     if row.low > .5: return [Say('drawn', False, f'They show the film, and not what the network has learnt: {says}.')]
     return [Say('drawn', None, f'Whether they show what the network has learnt cannot be told: {says}.')]
+def _says_healthy(table):
+    "Does colour mean disease?"
+    row, lesions = _row(table, 'healthy_lit'), _row(table, 'lesions_lit')
+    if row is None or row.patients < _FEWEST: return []
+    says = f'on the scale of all films {_share(row)} that are healthy show colour'
+    if lesions is not None: says += f', and {_share(lesions).replace("films", "lesions")} do'
+    if row.high <= .2: return [Say('healthy', True, f'Healthy films stay dark: {says}.')]
+    if row.low > .05: return [Say('healthy', False, f'Colour does not mean disease: {says}.')]
+    return [Say('healthy', None, f'Whether healthy films stay dark cannot be told: {says}.')]
+
+def _says_repeats(table):
+    "Does another training show the same, and which maps are better left unread?"
+    row, left, says = _row(table, 'repeat_correlation'), _row(table, 'misses_left'), []
+    if row is None or row.patients < _FEWEST: return []
+    text = f'the maps of two trainings correlate by {row.value:.2f} ({row.low:.2f} to {row.high:.2f})'
+    good = True if row.low >= .8 else False if row.high < .5 else None
+    first = {True: 'Another training shows the same', False: 'Another training shows another map'}
+    says = [Say('repeats', good, f'{first.get(good, "Another training shows something like it")}: {text}.')]
+    if left is None or left.patients < _FEWEST: return says
+    text = f'of the misses {100*left.value:.0f} in 100 ({100*left.low:.0f} to {100*left.high:.0f}) remain'
+    return [*says, Say('unread', True if left.high < .5 else None, 'If the fifth of the films is left unread on which '
+        f'the trainings agree least, {text}.')]
 
 # %% ../nbs/api/33b_passport.ipynb #b55abd59
 def _says_both(says):
@@ -447,7 +540,7 @@ def judged(
 ) -> list: # Of `Say`, the first the verdict in one sentence
     "What may be said of heatmaps with these figures, and what not."
     says = [*_says_place(table), *_says_found(table), *_says_outline(table), *_says_follows(table),
-        *_says_drawn(table)]
+        *_says_drawn(table), *_says_healthy(table), *_says_repeats(table)]
     says += _says_both(says)
     first = _headline(says)
     good = None if first.startswith('It is not') else not first.startswith('Do not')
@@ -494,8 +587,9 @@ def _lines(table, cls, figures):
     return [dict(name=FIGURES[m].name, better=FIGURES[m].better, published=_published_text(m, cls),
         cells=[_row(table, m, name) for name in ('heatmap', *_BESIDE)]) for m in figures if _row(table, m) is not None]
 
+# %% ../nbs/api/33b_passport.ipynb #103551fe
 @dataclass(frozen=True)
-class Passport:
+class _Verdict:
     "What may be said of a network's heatmaps, and why."
     values:pd.DataFrame # From `passport_values`, of one network or of the folds of several
     cls:str             # The lesions' class
@@ -506,7 +600,7 @@ class Passport:
         values,     # From `passport_values`; or a list, one of each fold
         finding:str,# The lesions' class
         made:str='',# How the heatmaps were made, in a sentence
-    ) -> 'Passport':
+    ) -> Self:
         "Of all values together."
         return cls(values if isinstance(values, pd.DataFrame) else pd.concat(values, ignore_index=True), finding, made)
 
@@ -516,7 +610,7 @@ class Passport:
         others = published(self.cls) if len(published(self.cls)) else published()
         names = others['map'] + ', ' + others.finding
         others = others.assign(films='published', map=names).set_index(['films', 'measure', 'map'])
-        return pd.concat([_summed(self.values), others[['value', 'low', 'high']]])
+        return pd.concat([_summed(_with_misses(self.values)), others[['value', 'low', 'high']]])
 
     @property
     def verdict(self) -> list: # Of `Say`
@@ -526,6 +620,9 @@ class Passport:
     def __str__(self): return '\n'.join(o.text for o in self.verdict)
     __repr__ = __str__
 
+# %% ../nbs/api/33b_passport.ipynb #633ef1e4
+class Passport(_Verdict):
+    "Values, table and verdict of a network's heatmaps, shown in a notebook, as one HTML file, or as JSON."
     def words(self,
         plots:tuple=('pointing', 'auprc', 'chexlocalize_miou'), # Figures to be drawn
         figures:tuple=tuple(FIGURES), # Figures to be listed
@@ -575,9 +672,10 @@ def passport(
     prior:LesionPrior|None=None,
     faithful:int=20,
     smooth:str|Callable|None=None,
+    others:Sequence[Learner]=(),
 ) -> Passport:
     "What may be said of a network's heatmaps, and why. Raises ValueError as `passport_values` does."
-    values = passport_values(learn, items, masks, cls, layer, method, prior, faithful, smooth)
+    values = passport_values(learn, items, masks, cls, layer, method, prior, faithful, smooth, others)
     how, where = shown_by(learn, method, layer)
     made = f'Heatmaps by {how}' + (f' of layer {where}' if where is not None else '') + (', smoothed' if smooth else '')
     if method is None and layer is None: made += f"; {chosen(learn)['reason']}"

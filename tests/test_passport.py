@@ -79,6 +79,27 @@ def test_place_and_model_may_disagree():
     wrong = said(pointing=pointing(5, prior=30), deletion=GOOD)
     assert 'doubt the model' in wrong['both'].text and 'both' not in said(pointing=pointing(40), deletion=GOOD)
 
+def test_healthy_films():
+    "Few that show colour are no proof of anything; many that stay dark are"
+    for n, lit, good in (100, 2, True), (100, 30, False), (20, 2, None):
+        s = said(n, healthy_lit=dict(heatmap=lit), lesions_lit=dict(heatmap=n))
+        assert s['healthy'].good is good and f'{100*lit//n} of 100 films' in s['healthy'].text and '100 of 100 lesions' in s['healthy'].text
+    assert 'healthy' not in said(9, healthy_lit=dict(heatmap=0))
+
+def test_deletion_and_road_have_to_agree():
+    road = dict(heatmap=.5, prior=.1, noise=0.), dict(heatmap=0., prior=.1, noise=.2)
+    assert [said(deletion=d, road=r)['follows'].good for d, r in ((GOOD, road[0]), (BAD, road[1]), (GOOD, road[1]), (BAD, road[0]))] == [True, False, None, None]
+
+def test_several_trainings():
+    "Alike or not; and where they disagree most, the misses are: 20 of 100 films, all of them unread, or none"
+    assert [said(repeat_correlation=dict(heatmap=v))['repeats'].good for v in (.95, .65, .2)] == [True, None, False]
+    for trust, left, good in (np.arange(100), 0, True), (-np.arange(100), 1, None):
+        v = values_of(100, pointing=pointing(20, prior=10), repeat_correlation=dict(heatmap=.9), consensus=dict(network=0.))
+        v.loc[v.measure == 'pointing', 'value'] = 1-v.value
+        v.loc[v.measure == 'consensus', 'value'] = trust
+        p = Passport.of(v, 'x')
+        assert p.table.value['all', 'misses_left', 'heatmap'] == left and {o.about: o.good for o in p.verdict}['unread'] is good
+
 def test_every_map_is_compared_film_by_film():
     "Differences are paired: the same films in another order give the same, films that one map lacks do not count"
     v = values_of(30, mass=dict(heatmap=.5, prior=.3))
@@ -114,7 +135,7 @@ def test_values_are_those_of_their_functions(tiny_learner, folder, values):
     asked = values[(values.measure == 'deletion') & (values['map'] == 'heatmap')]
     some = gradcam(tiny_learner, asked.film.tolist(), cls, chosen(tiny_learner)['layer'])
     assert asked.value.mean() == pytest.approx(deletion(tiny_learner, some, cls)['mean'].loc['gradcam'], abs=1e-5)
-    assert {'drawn_spearman', 'drawn_ssim'} <= set(values.measure) and set(values.measure) <= {*FIGURES, 'score', 'size'}
+    assert {'drawn_spearman', 'drawn_ssim', 'road', 'occlusion', 'insertion'} <= set(values.measure) and set(values.measure) <= {*FIGURES, 'score', 'size'}
 
 def test_folds_are_joined(tiny_learner, folder, values):
     "Values of two parts of the films, put together, are the passport of all"
@@ -145,6 +166,30 @@ def test_where_lesions_usually_are_is_never_of_the_same_patient(tiny_learner, fo
     assert prior_of('x').n == 1 and prior_of('y').n == 2 and np.allclose(prior_of('x').grid, passport_.lesion_prior([masks['c']]).grid)
     assert passport_._priors(masks.get, films.iloc[:2])('x') is None
 
+class Scale:
+    "As `HeatScale`"
+    threshold, smooth = .05, None
+    def fits(self, *names): return True
+
+def test_healthy_films_are_looked_at_on_a_scale(folder):
+    from dicomcam.choice import chosen
+    from dicomcam.froc import froc
+    from dicomcam.gradcam import gradcam
+    learn = make_tiny(dicom_dls(folder, size=64))
+    learn.heat_scale = Scale()
+    table = label_table(folder)
+    v = passport_values(learn, table, folder, faithful=0)
+    masks = [lesion_mask(folder, o) for o in table.file]
+    row = froc(gradcam(learn, table.file.tolist(), learn.dls.vocab[-1], chosen(learn)['layer']), masks, learn.dls.vocab[-1], thresholds=[.05]).iloc[0]
+    means = v.groupby('measure').value.mean()
+    assert (means.lesions_lit, means.false_regions, means.healthy_lit) == pytest.approx((row.sensitivity, row.fp_healthy, row.lit)) and 0 < row.lit
+
+def test_the_same_network_twice(tiny_learner, folder):
+    v = passport_values(tiny_learner, masks=folder, faithful=0, others=[tiny_learner])
+    means = v.groupby('measure').value.mean()
+    assert means.repeat_ssim == pytest.approx(1) and means.repeat_correlation == pytest.approx(1)
+    assert {'misses_left', 'repeat_ssim'} <= set(Passport.of(v, 'x').table.loc['all'].index.get_level_values('measure'))
+
 def test_masks_of_another_number(tiny_learner):
     with pytest.raises(ValueError, match='but 2 masks'): passport_values(tiny_learner, masks=[None, None])
 
@@ -162,7 +207,7 @@ def test_page_and_json(values, tmp_path):
     html = p.to_html(tmp_path/'p.html').read_text(encoding='utf-8')
     text = re.sub(r'\s+', ' ', re.sub('<[^>]*>', ' ', html.split('</style>')[1]))
     for o in p.verdict: assert o.text in html.replace('&#39;', "'")
-    for o in FIGURES.values(): assert o.name in text
+    for m in set(values.measure) & set(FIGURES): assert FIGURES[m].name in text
     assert '://' not in html and '<script' not in html and 'U-Net' in text and 'by &lt;b&gt;hand' in text and html.count('<img') == 3
     assert not [o for o in {*values.film.map(lambda o: o.name), *values.patient} if o in html]
     told = json.loads(p.to_json(tmp_path/'p.json').read_text(), parse_constant=pytest.fail)
@@ -182,10 +227,10 @@ def run(*args, status=0):
     return r
 
 def test_command(folder, model, tmp_path):
-    r = run('passport', model, folder, '--held-out', '--faithful', 1, '--json', '--out', tmp_path/'p.html')
+    r = run('passport', model, folder, '--held-out', '--faithful', 1, '--also', model, '--json', '--out', tmp_path/'p.html')
     said = json.loads((tmp_path/'p.json').read_text())['verdict']
     assert r.stdout.splitlines()[1:-1] == [o['text'] for o in said] and 'p.html' in r.stdout.splitlines()[-1]
-    assert sorted(o.name for o in tmp_path.iterdir()) == ['p.html', 'p.json']
+    assert sorted(o.name for o in tmp_path.iterdir()) == ['p.html', 'p.json'] and 'other trainings' in (tmp_path/'p.html').read_text()
 
 @pytest.mark.parametrize('args, says', [(['--out', 'there.html'], 'is there already'), (['--positive', 'Flu'], "No class 'Flu'"),
     (['--method', 'magic'], "No method 'magic'"), (['--json', '--out', 'x.json'], 'Name an HTML file'), (['--labels', 'no.csv'], 'no such file')])
