@@ -1,4 +1,4 @@
-"""A heatmap always shows something. Here each is put to the test: against the lesion, chance and the model.
+"""A heatmap always shows something. Here each is put to the test: against the lesion, and against chance.
 
 Docs: https://dicomcam.github.io/dicomcam/trust.html.md"""
 

@@ -224,7 +224,7 @@ def plot_forests(
 ) -> plt.Figure:
     "A forest plot of several measures of the same rows, side by side."
     rows = len(next(iter(tables.values())))
-    size = 2.2+2.1*len(tables), 1+.25*rows
+    size = 2.2+1.6*len(tables), 1+.25*rows
     fig, axs = plt.subplots(1, len(tables), figsize=size, squeeze=False, sharey=True, layout='constrained')
     for ax, (name, table) in zip(axs[0], tables.items()):
         plot_forest(table, ax, name, (xlabels or {}).get(name, ''), **kw)
