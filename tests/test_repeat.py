@@ -3,7 +3,7 @@ import numpy as np, pandas as pd, pytest, torch
 
 from dicomcam.heatmaps import Heatmaps
 from dicomcam.localize import pointing_game
-from dicomcam.repeat import abstain, abstention, trust_signals, map_spread, repeatability, risk_areas, risk_coverage
+from dicomcam.repeat import abstain, abstention, layer_by_layer, map_copies, map_spread, trust_signals, repeatability, risk_areas, risk_coverage
 
 def by_hand(*layers, probs=(.9, .1), method='gradcam', names=('4', '5')):
     "Heatmaps of two images and two classes, a raw array (2, 2, h, w) a layer."
@@ -58,14 +58,14 @@ def test_layers_must_be_as_many(two):
 
 def test_signals_by_hand(two):
     table = trust_signals(two, 'ill')
-    assert table.consensus.tolist() == [1, .5]
+    assert table.confirmed.tolist() == [1, 0] and table.consensus.tolist() == [1, .5]
     assert table.likeness.tolist() == pytest.approx([1, -1/63])  # two points among 64 pixels
     assert table.sharpness.tolist() == pytest.approx([63/64]*2)
     assert table.maximum.tolist() == [2, 1.5] and table.probability.tolist() == pytest.approx([.2, .2])
 
 def test_signals_of_one_map_and_of_a_flat_one(two):
     table = trust_signals(two[0], 'ill')
-    assert table.likeness.isna().all() and table.sharpness.notna().all()
+    assert table[['confirmed', 'likeness']].isna().all(axis=None) and table.sharpness.notna().all()
     assert trust_signals(by_hand(-point((1, 1), (2, 2))), 'ill').isna().all(axis=None)
 
 def test_repeatability_is_by_patient_and_leaves_flat_maps_out():
@@ -128,3 +128,28 @@ def test_what_abstention_spares_by_hand():
     assert table.value.to_dict() == pytest.approx({'coverage': 3/5, 'risk of all': 2/5, 'risk': 1/3, 'misses left': 1/2, 'right unread': 1/3})
     assert table.n.tolist() == [5, 5, 3, 2, 3]
     assert np.isnan(abstention([1, 1], [False, True]).value['misses left'])  # there is none
+
+def test_copies_of_one_network_are_brought_back_to_their_place():
+    "A network that sees the left edge alone sees the right edge of the image in its mirror image"
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(2*8*8, 2)).eval()
+    for w in net.parameters(): w.data.zero_()
+    net[0].weight.data[0] = 1
+    net[3].weight.data[1, :64:8] = 1
+    x = torch.rand(2, 1, 8, 8)+.1
+    plain, mirror, brighter = map_copies(net, x, 1, 0, 'hirescam', factors=[2.])
+    assert not plain.raw[0][..., 1:].any() and not mirror.raw[0][..., :-1].any()
+    assert torch.allclose(plain.raw[0][:, 0, :, 0], x[:, 0, :, 0]) and torch.allclose(mirror.raw[0][:, 0, :, -1], x[:, 0, :, -1], atol=1e-6)
+    assert torch.allclose(brighter.raw[0], 2*plain.raw[0]) and {h.method for h in (plain, mirror, brighter)} == {'hirescam'}
+    assert len(map_copies(net, x, 1, 0, 'hirescam', factors=[], flip=False)) == 1
+
+def test_a_map_is_confirmed_by_the_others_where_it_is_brightest():
+    "The first points at (1, 1); one of three witnesses too, one is half as bright there, one has nothing"
+    half = point((1, 1), (1, 1))
+    half[:, :, 5, 5] = 2
+    hs = [by_hand(o) for o in (point((1, 1), (1, 1)), point((1, 1), (1, 1), value=9.), half, point((4, 4), (4, 4)))]
+    assert trust_signals(hs, 'ill').confirmed.tolist() == [.5, .5]
+    assert trust_signals(hs[::-1], 'ill').confirmed.tolist() == [0, 0]
+
+def test_layers_become_maps_of_their_own():
+    a, b = layer_by_layer(by_hand(point((1, 1), (2, 2)), point((1, 1), (0, 0), size=4)))
+    assert (a.layers, b.layers, b.raw[0].shape[-1]) == (['4'], ['5'], 4) and len(map_spread([a, b]).mean) == 2
