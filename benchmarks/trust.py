@@ -5,19 +5,20 @@
 For each seed a network is trained as `dicomcam demo` does (phantom, split and training of that seed), or FOLDER/s1/model.safetensors, ... are
 taken. Method and layer ("picked": one for all seeds), the number that tells right from wrong maps, and its witnesses are chosen on the films
 of the phantom `--choose`, and the threshold below which a map is not read comes from there too; all of it is judged on the phantoms `--judge`,
-which neither a network nor a choice has seen. Beside it stands what `choose_layer` ships. Intervals are by patient: a patient's films, as
+which neither a network nor a choice has seen. Lesions and maps are compared on the network's pixels, 144 x 144, with 3 % of tolerance. Beside it stands what `choose_layer` ships. Intervals are by patient: a patient's films, as
 three networks see them, are one. `--keep` keeps what was measured of each network and phantom, so that a run that was cut off goes on."""
 import argparse, json, pickle, sys, time, warnings
 from pathlib import Path
 
 warnings.simplefilter('ignore')
 sys.modules['gdcm'] = None # it decodes JPEG several times slower than Pillow, and pydicom would prefer it
-import numpy as np, pandas as pd
+import cv2, numpy as np, pandas as pd
 
 from dicomcam.choice import CANDIDATES, choose_layer, late_stages, training_prior
 from dicomcam.data import lesion_mask
 from dicomcam.files import plain_progress
 from dicomcam.gradcam import gradcam
+from dicomcam.heatmaps import Heatmaps
 from dicomcam.intervals import mean_interval, paired_difference
 from dicomcam.labels import label_table
 from dicomcam.localize import measures_by_image
@@ -63,6 +64,12 @@ def witnesses(method, layer, stages, plain, mirror, trainings):
     if others: sets |= {'other trainings': others, 'mirror image, other trainings': turned+others}
     return {name: first+more for name, more in sets.items()}
 
+def at_input(h):
+    "Heatmaps as if the network's pixels were the original's."
+    return Heatmaps(h.raw, h.images, h.probs, h.classes, h.layers, h.method, vocab=h.vocab)
+
+def shrunk(mask, side): return cv2.resize(255*mask.astype(np.uint8), (side, side), interpolation=cv2.INTER_AREA) > 127
+
 def measure(learn, path, table, shown, others, prior):
     "Of the films that the network calls ill: is each map's brightest point in the lesion, and what tells? Film by film."
     table = table.assign(ill=table.label == CLS)
@@ -72,7 +79,7 @@ def measure(learn, path, table, shown, others, prior):
     called = table[table.p >= .5].reset_index(drop=True)
     files, stages = called.file.tolist(), late_stages(learn)
     methods = sorted({m for m, _ in shown})
-    def apart(h): return dict(zip(stages, layer_by_layer(h)))
+    def apart(h): return {o.layers[0]: at_input(o) for o in layer_by_layer(h)}
     plain, mirror, trainings = {}, {}, {m: [] for m in methods}
     for m in methods:
         one, turned = map_copies(learn, files, CLS, stages, m, factors=[])
@@ -80,7 +87,8 @@ def measure(learn, path, table, shown, others, prior):
         trainings[m] = [apart(gradcam(o, files, CLS, stages, m)) for o in others]
     sets = {(m, l): witnesses(m, l, stages, plain, mirror, trainings) for m, l in shown}
     signals = {(*o, name): trust_signals(hs, CLS) for o, of in sets.items() for name, hs in of.items()}
-    masks = [lesion_mask(path, o) if ill else None for o, ill in zip(files, called.ill)]
+    side = learn.dls.setup.size
+    masks = [shrunk(lesion_mask(path, o), side) if ill else None for o, ill in zip(files, called.ill)]
     maps = [plain[m][l] for m, l in shown]
     if len(shown) < len(CANDIDATES)+1: maps += [map_spread([plain[m][l], mirror[m][l]], 'copies').mean for m, l in shown] # to be judged
     values = measures_by_image(maps, masks, CLS, measures=('pointing', 'mass'), prior=prior)
