@@ -14,9 +14,12 @@ warnings.simplefilter('ignore')
 sys.modules['gdcm'] = None # it decodes JPEG several times slower than Pillow, and pydicom would prefer it
 import cv2, numpy as np, pandas as pd
 
+from dicomcam.absolute import choose_scale, film_maxima
+from dicomcam.attribution import attribute
 from dicomcam.choice import CANDIDATES, choose_layer, late_stages, training_prior
 from dicomcam.data import lesion_mask
 from dicomcam.files import plain_progress
+from dicomcam.froc import froc
 from dicomcam.gradcam import gradcam
 from dicomcam.heatmaps import Heatmaps
 from dicomcam.intervals import mean_interval, paired_difference
@@ -109,6 +112,35 @@ def part(seed, on, shown, nets, args):
         fn.parent.mkdir(parents=True, exist_ok=True)
         fn.write_bytes(pickle.dumps(res))
     return res
+
+# --- healthy films ---
+
+def absolute(seed, on, net, args):
+    "What is lit on a scale of the network's own films (`choose_scale`), on a phantom that it has not seen: lesions, healthy films, false regions."
+    fn = args.keep and args.keep/f's{seed}_p{on}_scale.pkl'
+    if fn and fn.is_file(): return pickle.loads(fn.read_bytes())
+    if not getattr(net, 'heat_scale', None):
+        own = label_table(phantom(seed=seed))
+        choose_scale(net, own.file.tolist(), own.label.tolist(), CLS)
+    scale, (path, table) = net.heat_scale, films(on, args)
+    h = at_input(attribute(net, table.file.tolist(), CLS, scale.layer, net.choice['method'], scale.smooth))
+    masks = [shrunk(lesion_mask(path, o), net.dls.setup.size) if ill else None for o, ill in zip(table.file, table.label == CLS)]
+    at = froc(h, masks, CLS, group=table.group.to_numpy(), thresholds=[scale.threshold], hit='peak').iloc[0]
+    any_ = [bool((h.native(i, CLS).numpy()[m] >= scale.threshold).any()) for i, m in enumerate(masks) if m is not None]
+    res = dict(scale=str(scale), method=scale.method, layer=scale.layer, group=table.group[table.label == CLS].tolist(), lit=any_,
+        dark=(film_maxima(h, CLS) < scale.threshold)[[m is None for m in masks]].tolist(), healthy=table.group[table.label != CLS].tolist(),
+        **at[['sensitivity', 'fp_healthy']].to_dict())
+    print(f'seed {seed} on phantom {on}: {res["method"]} at {res["layer"]}, {res["scale"]}', flush=True)
+    if fn: fn.write_bytes(pickle.dumps(res))
+    return res
+
+def absolute_rows(parts):
+    "Of all networks and phantoms: lesions that are lit anywhere, by the peak of a region, healthy films that are dark, false regions on those."
+    def rows(values, group):
+        v = pd.Series([x for (_, on), o in parts.items() for x in o[values]])
+        return row(v, pd.Series([f'{on} {x}' for (_, on), o in parts.items() for x in o[group]]))
+    of = {f'{name} (mean of the parts)': np.mean([o[name] for o in parts.values()]) for name in ('sensitivity', 'fp_healthy')}
+    return {'lesions lit': rows('lit', 'group'), 'healthy films dark': rows('dark', 'healthy')}, of
 
 # --- all together ---
 
@@ -204,6 +236,11 @@ def main(args):
         show('The same over all films called ill, false alarms being wrong', called)
         res[k] = dict(pointing=game, copies=copies, abstention=rule, called=called)
     res |= dict(signal=signal, areas=areas.to_dict('index'))
+    if args.scale:
+        lit, means = absolute_rows({(s, on): absolute(s, on, nets[s], args) for on in args.judge for s in args.seeds})
+        show('On the absolute scale of films that the network was trained or validated on', lit)
+        print('\n'.join(f'  {k}: {v:.3f}' for k, v in means.items()))
+        res |= dict(scale=lit | means)
     if args.out: args.out.write_text(json.dumps(res, indent=1, default=str))
 
 if __name__ == '__main__':
@@ -213,6 +250,7 @@ if __name__ == '__main__':
     p.add_argument('--choose', type=int, default=201)
     p.add_argument('--judge', nargs='*', type=int, default=[101, 102, 103])
     p.add_argument('--n', type=int, default=250)
+    p.add_argument('--scale', action='store_true', help='healthy films too, on the absolute scale')
     p.add_argument('--others', action='store_true', help='the networks of the other seeds are witnesses too')
     p.add_argument('--phantoms', type=Path, help='folder for the phantoms ph201, ...; without it they are in the cache')
     p.add_argument('--keep', type=Path, help='folder for what was measured of each network and phantom')
