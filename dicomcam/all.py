@@ -46,3 +46,4 @@ from dicomcam.films import *
 from dicomcam.dimse import *
 from dicomcam.dicomweb import *
 from dicomcam.archive import *
+from dicomcam.node import *

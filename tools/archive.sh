@@ -3,7 +3,7 @@
 # They are not started here, nor by Debian: each test starts its own, at free ports of this machine, and stops it.
 set -euo pipefail
 missing=()
-command -v storescu >/dev/null || missing+=(dcmtk)
+[ -x /usr/bin/storescu ] || missing+=(dcmtk)
 [ -x /usr/sbin/Orthanc ] || missing+=(orthanc)
 [ -e /usr/share/orthanc/plugins/libOrthancDicomWeb.so ] || missing+=(orthanc-dicomweb)
 [ ${#missing[@]} -gt 0 ] || exit 0

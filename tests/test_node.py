@@ -1,0 +1,292 @@
+"A node that answers films: killed, fed with garbage, without room, and against Debian's Orthanc where it is installed."
+import json, os, random, re, shutil, signal, socket, subprocess, sys, threading, time
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+
+import pydicom, pytest
+from pydicom import uid
+
+pytest.importorskip('pynetdicom', reason='needs pynetdicom: pip install "dicomcam[network]"')
+pytest.importorskip('highdicom', reason='needs highdicom: pip install "dicomcam[dicom]"')
+from pynetdicom import AE, AllStoragePresentationContexts, build_context, evt
+
+from dicomcam.archive import fetch, find, peer, send
+from dicomcam.dimse import DicomPeer
+from dicomcam.node import FilmQueue, Node, answer_films, listening, serve
+from test_network import films, free_port, orthanc
+
+KINDS = {'OT', 'SEG', 'SR'} # of an answer: picture, region, report
+
+def explain(files):
+    "A map that is bright in the middle, for each file"
+    import torch
+    from dicomcam.heatmaps import Heatmaps
+    for o in files:
+        if pydicom.dcmread(o).PatientID == 'odd': raise RuntimeError(f"{o}: 'odd' cannot be explained")
+    bump, n = torch.ones(8, 8), len(files)
+    bump[2:5, 2:5] = 2
+    return Heatmaps([torch.stack([bump]*2)[None].repeat(n, 1, 1, 1)], torch.rand(n, 1, 64, 64), torch.tensor([[.2, .8]]*n), ['No', 'Yes'], ['5'], 'cam', items=files)
+
+def a_node(folder, target=None, log=None, room=0, **kw):
+    lines = [] if log is None else log
+    return Node(FilmQueue(folder, room), explain, target, ['ME'], ['m.safetensors'], log=lines.append, **dict(port=0, quiet=0)|kw)
+
+def sender(port, mine='ME', **kw): return DicomPeer('DICOMCAM', '127.0.0.1', port, mine, **kw)
+
+@contextmanager
+def target():
+    "An archive that keeps what it is sent: its address, and {UID of an object: its dataset}"
+    kept = {}
+    def store(event):
+        ds = event.dataset
+        ds.file_meta = event.file_meta
+        kept[ds.SOPInstanceUID] = ds
+        return 0
+    ae = AE('PEER')
+    for o in AllStoragePresentationContexts: ae.add_supported_context(o.abstract_syntax)
+    server = ae.start_server(('127.0.0.1', 0), block=False, evt_handlers=[(evt.EVT_C_STORE, store)])
+    try: yield f'dicom://PEER@127.0.0.1:{server.server_address[1]}', kept
+    finally: server.shutdown()
+
+def check_answers(kept, films):
+    "Three objects in each film's study, and none elsewhere, each about this film"
+    films = [pydicom.dcmread(o) for o in films]
+    found = Counter((o.StudyInstanceUID, o.Modality) for o in kept)
+    assert found == Counter((o.StudyInstanceUID, m) for o in films for m in KINDS)
+    for o in films:
+        for ds in kept:
+            if ds.StudyInstanceUID == o.StudyInstanceUID: assert o.SOPInstanceUID in str(ds) and ds.PatientID == o.PatientID
+
+def test_answers(films, tmp_path):
+    log = []
+    with target() as (address, kept):
+        node = a_node(tmp_path/'queue', peer(address), log)
+        with listening(node) as port:
+            assert {o.status for o in sender(port).put(films)} == {'stored'}
+            assert {o.status for o in sender(port).put(films[:2])} == {'stored'} # once more: known
+            answer_films(node)
+            assert {o.status for o in sender(port).put(films[2:4])} == {'stored'} # answered already
+            answer_films(node)
+    check_answers(kept.values(), films)
+    assert [o for o in (tmp_path/'queue').rglob('*') if o.is_file()] == [tmp_path/'queue'/'known'] # nothing of a patient stays
+    told = '\n'.join(log)+(tmp_path/'queue'/'known').read_text()
+    for o in films:
+        ds = pydicom.dcmread(o)
+        for value in (ds.PatientID, ds.SOPInstanceUID, ds.StudyInstanceUID): assert value not in told
+
+def test_one_node_a_queue(films, tmp_path):
+    node = a_node(tmp_path/'queue')
+    with open(tmp_path/'queue'/'lock', 'w') as f:
+        fcntl = pytest.importorskip('fcntl')
+        fcntl.flock(f, fcntl.LOCK_EX)
+        with pytest.raises(OSError, match='another node'): serve(node)
+
+def test_kept_and_told(films, tmp_path):
+    log = []
+    with target() as (address, kept):
+        node = a_node(tmp_path/'queue', peer(address), log, keep=True, phi=True)
+        with listening(node) as port: list(sender(port).put(films[:2]))
+        answer_films(node)
+    assert len(list((tmp_path/'queue'/'kept').iterdir())) == 2 and pydicom.dcmread(films[0]).PatientID in '\n'.join(log)
+
+def test_no_answer(films, tmp_path):
+    "A film of another kind, and one that cannot be explained, get a line and no answer; the others theirs"
+    log, odd, other = [], tmp_path/'odd.dcm', tmp_path/'other.dcm'
+    for fn, uid_, keyword, value in ((odd, '1.2.3.1', 'PatientID', 'odd'), (other, '1.2.3.2', 'Modality', 'CT')):
+        ds = pydicom.dcmread(films[0])
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = uid_
+        ds[keyword].value = value
+        ds.save_as(fn)
+    with target() as (address, kept):
+        node = a_node(tmp_path/'queue', peer(address), log)
+        with listening(node) as port: assert {o.status for o in sender(port).put([odd, other, *films[:3]])} == {'stored'}
+        answer_films(node)
+    check_answers(kept.values(), films[:3])
+    told = [o for o in log if 'taken' not in o and 'answered' not in o]
+    assert len(told) == 2 and any('cannot be explained' in o for o in told) and any('CT' in o for o in told) and "'odd'" not in str(told)
+    assert not node.queue.films()
+
+def test_who_may_send(films, tmp_path):
+    node = a_node(tmp_path/'queue')
+    with listening(node) as port:
+        for o in (sender(port, 'OTHER'), DicomPeer('OTHER', '127.0.0.1', port, 'ME')):
+            with pytest.raises(OSError): o.echo()
+            with pytest.raises(OSError): list(o.put(films[:1]))
+        with pytest.raises(OSError, match='does not offer'): find(f'dicom://DICOMCAM@127.0.0.1:{port}', most=1, aet='ME')
+        sender(port).echo()
+    assert not node.queue.films()
+
+def test_what_is_not_taken(films, tmp_path):
+    "Another film of the same number, no room, too large: told, not acknowledged, and nothing stays"
+    log, twin = [], tmp_path/'twin.dcm'
+    ds = pydicom.dcmread(films[0])
+    ds.PixelData = pydicom.dcmread(films[1]).PixelData
+    ds.save_as(twin)
+    node = a_node(tmp_path/'queue', log=log, max_bytes=100_000)
+    with listening(node) as port:
+        assert [o.status for o in sender(port).put([films[0]])] == ['stored']
+        assert 'cannot understand' in [o.error for o in sender(port).put([twin])][0]
+        large = pydicom.dcmread(films[-1])
+        large.SOPInstanceUID = large.file_meta.MediaStorageSOPInstanceUID = '1.2.3.9'
+        large.add_new(0x00091010, 'OB', bytes(200_000))
+        large.save_as(tmp_path/'large.dcm')
+        with pytest.raises(ConnectionError): list(sender(port).put([tmp_path/'large.dcm']))
+        node.queue.room = 1<<60
+        assert 'out of resources' in [o.error for o in sender(port).put([films[1]])][0]
+        node.queue.room = 0
+        assert [o.status for o in sender(port).put([films[1]])] == ['stored']
+    assert len(node.queue.films()) == 2 and not [o for o in tmp_path.rglob('*.part')]
+    assert any('other pixels' in o for o in log) and any('no room' in o for o in log)
+
+def test_the_target_is_not_there(films, tmp_path):
+    "Answers wait, and go when it comes; what it refuses for good is kept apart"
+    log, port = [], free_port()
+    node = a_node(tmp_path/'queue', peer(f'dicom://PEER@127.0.0.1:{port}'), log)
+    for o in films[:2]: node.queue.take(o.read_bytes())
+    answer_films(node)
+    assert len(list((tmp_path/'queue'/'answers').iterdir())) == 2 and 'cannot be reached' in log[-1]
+    answer_films(node) # waits
+    assert sum('answers wait' in o for o in log) == 1
+    with target() as (address, kept):
+        node.target, node.later = peer(address), 0
+        answer_films(node)
+        check_answers(kept.values(), films[:2])
+    ae = AE('PEER')
+    for o in AllStoragePresentationContexts: ae.add_supported_context(o.abstract_syntax)
+    server = ae.start_server(('127.0.0.1', 0), block=False, evt_handlers=[(evt.EVT_C_STORE, lambda event: 0xA900)])
+    node.target = peer(f'dicom://PEER@127.0.0.1:{server.server_address[1]}')
+    node.queue.take(films[3].read_bytes())
+    answer_films(node)
+    server.shutdown()
+    assert len(list((tmp_path/'queue'/'refused').rglob('*.dcm'))) == 3 and not list((tmp_path/'queue'/'answers').iterdir())
+
+def test_a_film_that_ends_the_process(films, tmp_path):
+    "It is tried alone from then on, and given up at last; the others have their answers"
+    def deadly(files):
+        if any(pydicom.dcmread(o).SOPInstanceUID == deadly_one for o in files): raise SystemExit # as near to a crash as a test comes
+        return explain(files)
+    deadly_one, log, ends = pydicom.dcmread(films[0]).SOPInstanceUID, [], 0
+    with target() as (address, kept):
+        for o in films[:4]: FilmQueue(tmp_path/'queue', 0).take(o.read_bytes())
+        for _ in range(30):
+            node = a_node(tmp_path/'queue', peer(address), log)
+            node.explain = deadly
+            try: answer_films(node)
+            except SystemExit: ends += 1
+    check_answers(kept.values(), films[1:4])
+    assert 'ended the node' in '\n'.join(log) and ends < 30 and not FilmQueue(tmp_path/'queue').films()
+
+ZYGOTE = '''
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import torch, highdicom, pynetdicom
+from test_node import a_node, explain, peer
+from dicomcam.node import serve
+for _ in sys.stdin:
+    pid = os.fork()
+    if not pid: serve(a_node(sys.argv[2], peer(sys.argv[3]), port=int(sys.argv[4]), quiet=.05))
+    print(pid, flush=True)
+    os.waitpid(pid, 0)
+'''
+
+@pytest.mark.posix
+def test_kill(films, tmp_path):
+    "Killed at ten moments while films come: each that was acknowledged is answered, and once"
+    films = films[:8]
+    moments, port, acknowledged = random.Random(1), free_port(), set()
+    with target() as (address, kept):
+        args = [sys.executable, '-c', ZYGOTE, Path(__file__).parent, tmp_path/'queue', address, port]
+        with subprocess.Popen([*map(str, args)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as zygote:
+            def start():
+                zygote.stdin.write('\n')
+                zygote.stdin.flush()
+                return int(zygote.stdout.readline())
+            def feed():
+                while left := [o for o in films if o not in acknowledged]:
+                    try:
+                        for o in sender(port, timeout=5).put(left[:2]):
+                            if o.status: acknowledged.add(o.file)
+                    except OSError: time.sleep(.05)
+            threading.Thread(target=feed, daemon=True).start()
+            for _ in range(10):
+                pid = start()
+                time.sleep(moments.uniform(.1, .8))
+                os.kill(pid, signal.SIGKILL)
+            pid = start()
+            end = time.monotonic()+120
+            while len(kept) < 3*len(films) and time.monotonic() < end: time.sleep(.1)
+            time.sleep(.5)
+            os.kill(pid, signal.SIGKILL)
+            zygote.stdin.close()
+    assert acknowledged == set(films)
+    check_answers(kept.values(), films)
+
+def mutants(port, films, count, seed):
+    "What a sender says at first and then, as bytes: from a real talk, mutated; and noise"
+    talk, rng = [], random.Random(seed)
+    ae = AE('ME')
+    ae.requested_contexts = [build_context(pydicom.dcmread(films[0]).SOPClassUID, uid.JPEGBaseline8Bit)]
+    assoc = ae.associate('127.0.0.1', port, ae_title='DICOMCAM', evt_handlers=[(evt.EVT_DATA_SENT, lambda e: talk.append(e.data))])
+    assoc.send_c_store(pydicom.dcmread(films[0]))
+    assoc.release()
+    for _ in range(count):
+        kind = rng.randrange(4)
+        if kind == 0: yield [rng.randbytes(rng.randrange(2000))]
+        else:
+            parts = [bytearray(o) for o in talk]
+            for _ in range(rng.choice((1, 3, 30))):
+                o = rng.choice(parts)
+                o[rng.randrange(len(o))] = rng.randrange(256)
+            if kind == 1: rng.shuffle(parts)
+            if kind == 2: parts = parts[:rng.randrange(len(parts))]
+            yield parts
+
+def test_garbage(films, tmp_path):
+    "Random and mutated PDUs: the node goes on, and keeps nothing that is no film"
+    count, seed = (int(os.environ.get(f'DICOMCAM_FUZZ_{o}', n)) for o, n in (('COUNT', 40), ('SEED', 0)))
+    node = a_node(tmp_path/'queue', timeout=.3)
+    with listening(node) as port:
+        for parts in mutants(port, films, count, seed):
+            with socket.create_connection(('127.0.0.1', port)) as c:
+                try:
+                    for o in parts: c.sendall(o)
+                except OSError: pass
+        for _ in range(100): # until those that still wait for more have gone
+            try: sender(port).echo(); break
+            except OSError: time.sleep(.1)
+        assert [o.status for o in sender(port).put([films[1]])] == ['stored']
+    for o in node.queue.films(): pydicom.dcmread(o).PatientID
+
+# Orthanc
+
+def test_serve_for_orthanc(films, folder, tmp_path):
+    "Films that the archive sends, and dcmtk's storescu: each has its answer in its study, without an error"
+    import requests
+    from dicomcam.batches import dicom_dls
+    from dicomcam.models import dicom_learner, save_model
+    films = films[:6]
+    save_model(dicom_learner(dicom_dls(folder, size=64), 'xresnet18', pretrained=False), tmp_path/'m.safetensors')
+    (tmp_path/'orthanc').mkdir()
+    with orthanc(tmp_path/'orthanc') as (dicom, web, ours):
+        send(films[::2], dicom, progress=False)
+        args = [sys.executable, '-m', 'dicomcam', 'serve', tmp_path/'m.safetensors', '--to', web, '--from', 'ORTHANC', '--from', 'STORESCU', '--port', ours,
+            '--queue', tmp_path/'queue', '--quiet', .2, '--modality', 'CR', '--modality', 'DX']
+        with subprocess.Popen([*map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as node:
+            try:
+                assert 'listens' in node.stdout.readline()
+                api = web.removesuffix('dicom-web')
+                requests.post(f'{api}modalities/us/store', json=dict(Resources=requests.get(f'{api}instances').json())).raise_for_status()
+                send(films[1::2], dicom, progress=False)
+                if storescu := shutil.which('storescu', path='/usr/bin'): subprocess.run([storescu, '-aet', 'STORESCU', '-aec', 'DICOMCAM', '-xy', '127.0.0.1', str(ours), *map(str, films[1::2])], check=True)
+                else: send(films[1::2], f'dicom://DICOMCAM@127.0.0.1:{ours}', aet='STORESCU', progress=False)
+                end = time.monotonic()+120
+                while len(requests.get(f'{api}instances').json()) < 4*len(films) and time.monotonic() < end: time.sleep(.3)
+            finally: node.terminate()
+        fetch(web, {}, tmp_path/'got', most=1000, progress=False)
+    got = [pydicom.dcmread(o) for o in (tmp_path/'got').rglob('*.dcm')]
+    check_answers([o for o in got if o.Modality in KINDS], films)
+    if shutil.which('dciodvfy'):
+        for kind in KINDS:
+            r = subprocess.run(['dciodvfy', next(o.filename for o in got if o.Modality == kind)], capture_output=True, text=True)
+            assert 'Error' not in r.stderr, r.stderr
