@@ -1,4 +1,4 @@
-"""Eight commands for people and scripts: they say plainly what went wrong and leave nothing half-written.
+"""Nine commands for people and scripts: they say plainly what went wrong and leave nothing half-written.
 
 Docs: https://dicomcam.github.io/dicomcam/api/cli.html.md"""
 
