@@ -344,7 +344,8 @@ def main(args):
     print(res['seconds'], 'seconds')
     if args.out: Path(args.out).write_text(json.dumps(res))
 
-if __name__ == '__main__':
+def arguments(given=None):
+    "What a person may say; None: on the command line."
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('folders', nargs='+')
     p.add_argument('--pretrained', help='file of weights; without it, as `default_recipe` has it')
@@ -363,6 +364,8 @@ if __name__ == '__main__':
     p.add_argument('--jobs', type=int, default=1, help='folds at a time')
     p.add_argument('--keep', help='folder for the results of each fold, which are not made again')
     p.add_argument('--out', help='JSON file to write')
-    args = p.parse_args()
+    args = p.parse_args(given)
     if args.passport and args.out and Path(args.passport).with_suffix('.json') == Path(args.out): p.error('--out is where the JSON of --passport goes')
-    main(args)
+    return args
+
+if __name__ == '__main__': main(arguments())

@@ -1,5 +1,5 @@
 "The benchmark on real films: its maps are the package's, and its questions are asked of the right films"
-import importlib.util, sys, warnings
+import importlib.util, json, sys, warnings
 from functools import partial
 from pathlib import Path
 
@@ -61,3 +61,19 @@ def test_boxes_of_other_tables_join_what_is_drawn(real, folder, tmp_path):
     mask = real.mask_of(other/'train/a.dcm', [other], boxes)
     assert mask.sum() == 13 and mask[2:6, 1:4].all() and mask[2, 10]
     assert real.mask_of(other/'train/a.dcm', [other], {}) is None
+
+def test_the_whole_way(real, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch, 'set_num_threads', lambda n: None)
+    monkeypatch.setattr(real, 'CANDIDATES', ('gradcam',))
+    recipe = '{"arch": "xresnet18", "size": 64, "bs": 4, "epochs": 1}'
+    args = real.arguments([str(folder), '--recipe', recipe, '--folds', '2', '--keep', str(tmp_path/'kept'),
+        '--out', str(tmp_path/'real.json')])
+    real.main(args)
+    res, told = json.loads((tmp_path/'real.json').read_text()), capsys.readouterr().out
+    assert res['films'] == 30 and res['recipe']['arch'] == 'xresnet18' and res['readings'] == []
+    maps, kinds = {o['map'] for o in res['localization']}, real.KINDS[:2]
+    assert {f'{m}{kind}' for m in (*real.CANDIDATES, 'chosen') for kind in kinds} | {'prior', 'chosen x prior'} < maps
+    ill = (pd.read_csv(folder/'labels.csv').label == 'Pneumothorax').sum()
+    assert {o['n'] for o in res['localization'] if o['films'] == 'all'} == {ill} and 'chosen, mirror' in told
+    monkeypatch.setattr(real, 'train_learner', None)
+    assert real.run_fold(1, None, None, None, args)['fold'] == 1 # what was kept is not made again
