@@ -91,7 +91,7 @@ def _frozen(model):
         for m, was in zip(modules, modes):
             if m.training != was: m.training = was
         for p, was in zip(parameters, learn):
-            if p.requires_grad != was: p.requires_grad = was
+            if was or p.requires_grad: p.requires_grad = was
 
 # %% ../nbs/api/27_explain.ipynb #6f37ddf2
 def swapped(
@@ -240,11 +240,12 @@ def explained(
     "`Heatmaps` of `items`, batch by batch. The model is left as it was found, between two batches too."
     c, first = Classifier(learn_or_model, act, output), 0
     norm, batches = _normalize(c.learn), None
-    while True:
+    n = len(items) if isinstance(items, Tensor) and items.ndim else None # of others, only the end tells
+    while batches is None or first != n:
         with _alone():
             if batches is None: files, batches = c.batches(items)
             xb = next(batches, None)
-            if xb is None: return _check_targets(getattr(maps_of, 'target', None), first)
+            if xb is None: break
             seen = xb.cpu().float() # a copy on the CPU too, where the network may change its input in place
             with _frozen(c.model) as modules:
                 c.parts = _parts(modules)
@@ -258,6 +259,7 @@ def explained(
         yield Heatmaps(raw, images, values, maps.asked.names, maps.layers, method, of_batch, view, layers, norm,
             maps.asked.vocab, getattr(c.learn, 'heat_scale', None))
         first += len(xb)
+    _check_targets(getattr(maps_of, 'target', None), first)
 
 # %% ../nbs/api/27_explain.ipynb #05423b24
 def explain(
