@@ -160,6 +160,14 @@ def test_volumes_and_signals_as_captum_has_them(make_net, shape, layer):
     for k in range(3): nearly(h.raw[0][:, k], attr.attribute(x, k)[:, 0].detach(), 1e-5)
     assert h.maps.shape == (2, 3, 1, *shape[1:])
 
+@pytest.mark.parametrize('make_net,shape,layer', BODIES, ids=['conv3d', 'conv1d', 'r3d_18'])
+def test_volumes_and_signals_as_monai_has_them(make_net, shape, layer):
+    visualize = pytest.importorskip('monai.visualize', exc_type=ImportError)
+    net, x = make_net(), torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    h = gradcam(net, x, layers=layer)
+    peer = visualize.GradCAM(net, layer, upsampler=lambda size: lambda m: m, postprocessing=lambda m: m)
+    for k in range(3): nearly(h.raw[0][:, k].relu(), peer(x, k)[:, 0].detach(), 1e-5)
+
 @pytest.mark.parametrize('method', METHODS)
 @pytest.mark.parametrize('make_net,shape,layer', BODIES[:2], ids=['conv3d', 'conv1d'])
 def test_every_method_takes_volumes_and_signals(make_net, shape, layer, method):
