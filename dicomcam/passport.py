@@ -42,6 +42,7 @@ from .methods import METHODS
 from .measures import MEASURES
 from .localize import baselines
 from .choice import chosen, shown_by, training_prior
+from .absolute import shown_smooth
 from .froc import froc_curve
 from .protocols import (arun_localization, arun_ssim, arun_view, box_overlap, chexlocalize_hit, chexlocalize_iou,
     chexlocalize_segmentation, reachable, wang_boxes)
@@ -301,13 +302,11 @@ def passport_values(
 ) -> pd.DataFrame: # film, patient, state, found, map, measure, value
     """Each film's value of each of `FIGURES` for the network's map and for those that know nothing. Raises ValueError
     where masks and films differ in number or size, and for what `attribute` and `predictions` do not take."""
-    as_chosen = method is None and layer is None
     items, mask_of = as_findings(learn, items), _mask_of(masks, _files_of(learn, items))
+    smooth, scale = shown_smooth(learn, method, layer, smooth), getattr(learn, 'heat_scale', None)
     cls, (method, layer) = _finding(learn, items, cls), shown_by(learn, method, layer)
     films, known = _films(learn, items, cls), prior or training_prior(learn)
     prior_of = _priors(mask_of, films) if known is None else lambda patient: known
-    scale = getattr(learn, 'heat_scale', None) # of `choose_scale`
-    if scale and as_chosen and smooth is None: smooth = scale.smooth
     nets = [partial(attribute, o, classes=[cls], layers=layer, method=method, smooth=smooth) for o in (learn, *others)]
     asked, rows = _faithful_films(films, faithful), []
     cheap = len(asked) and method in METHODS and smooth in (None, 'mirror')

@@ -200,11 +200,18 @@ def _about_cases(heatmaps, cases, vocab, shown, path, phi, side, layer=None, sca
 # %% ../nbs/api/34_report.ipynb #9417cacd
 _MOST = 100 # films
 
+def _evenly(of):
+    "Numbers of `_MOST` films, evenly spread, for which `of` holds."
+    numbers = np.flatnonzero(of)
+    return numbers[np.unique(np.linspace(0, len(numbers)-1, min(_MOST, len(numbers))).astype(int))]
+
 def _trust(learn, df, path, cls, layer, method, smooth):
     "For the template: what the passport says of the heatmaps shown first; None where no lesion is known."
-    known = np.flatnonzero([lesion_mask(path, o) is not None for o in df.file] if path else [])
-    if not len(known): return None
-    some = df.iloc[known[np.unique(np.linspace(0, len(known)-1, min(_MOST, len(known))).astype(int))]]
+    known = np.array([lesion_mask(path, o) is not None for o in df.file] if path else [], bool)
+    if not known.any(): return None
+    on_scale = getattr(learn, 'heat_scale', None) and df.label.notna().all()
+    healthy = ~has_class(df.label, cls) & ~known & bool(on_scale)
+    some = df.iloc[np.sort(np.r_[_evenly(known), _evenly(healthy)])]
     films = some[['file', 'label']].assign(group=some.patient).dropna(axis=1).reset_index(drop=True)
     values = passport_values(learn, films, partial(lesion_mask, path), cls, layer, method, faithful=0, smooth=smooth)
     made = f'Heatmaps by {method}' + (f' of layer {layer}.' if layer else '.')

@@ -218,7 +218,7 @@ def test_explain_and_report_take_any_method(folder, tiny_learner, tmp_path, monk
     files, how = films(folder)[:2], ['--method', method, *(['--smooth', smooth] if smooth else [])]
     r = CliRunner().invoke(main, ['explain', 'm', *map(str, files), *how, '--out', str(tmp_path/'maps')])
     assert r.exit_code == 0, r.output
-    layer = r.stdout.splitlines()[0].removeprefix('Heatmaps of layer ')
+    layer = r.stdout.splitlines()[0].removeprefix('Heatmaps of layer ').split(', ')[0]
     h = attribute(tiny_learner, files, method=method, smooth=smooth, **(dict(layers=layer) if method in ('scorecam', 'layercam') else {}))
     table = pd.read_csv(tmp_path/'maps'/'heatmaps.csv').groupby('file', sort=False).first()
     boxes = pd.concat([h.boxes(i).reindex([0]) for i in range(2)]) # a map may have none

@@ -13,6 +13,7 @@ from dicomcam.labels import label_table
 from dicomcam.models import save_model
 from dicomcam.passport import FIGURES, Passport, as_findings, judged, passport, passport_values, published, readable_predictions
 from dicomcam.report import report
+from dicomcam.scale import HeatScale
 from tiny import make_tiny
 
 def values_of(n=40, **figures):
@@ -166,23 +167,20 @@ def test_where_lesions_usually_are_is_never_of_the_same_patient(tiny_learner, fo
     assert prior_of('x').n == 1 and prior_of('y').n == 2 and np.allclose(prior_of('x').grid, passport_.lesion_prior([masks['c']]).grid)
     assert passport_._priors(masks.get, films.iloc[:2])('x') is None
 
-class Scale:
-    "As `HeatScale`"
-    threshold, smooth = .05, None
-    def fits(self, *names): return True
-
 def test_healthy_films_are_looked_at_on_a_scale(folder):
     from dicomcam.choice import chosen
     from dicomcam.froc import froc
     from dicomcam.gradcam import gradcam
     learn = make_tiny(dicom_dls(folder, size=64))
-    learn.heat_scale = Scale()
+    learn.heat_scale = HeatScale(.05, 1., learn.dls.vocab[-1], chosen(learn)['layer'], 'gradcam', 20, 20)
     table = label_table(folder)
     v = passport_values(learn, table, folder, faithful=0)
     masks = [lesion_mask(folder, o) for o in table.file]
     row = froc(gradcam(learn, table.file.tolist(), learn.dls.vocab[-1], chosen(learn)['layer']), masks, learn.dls.vocab[-1], thresholds=[.05]).iloc[0]
     means = v.groupby('measure').value.mean()
     assert (means.lesions_lit, means.false_regions, means.healthy_lit) == pytest.approx((row.sensitivity, row.fp_healthy, row.lit)) and 0 < row.lit
+    other = passport_values(learn, table, folder, method='hirescam', layer='4', faithful=0)
+    assert 'healthy_lit' not in set(other.measure) # the scale is of other maps
 
 def test_the_same_network_twice(tiny_learner, folder):
     v = passport_values(tiny_learner, masks=folder, faithful=0, others=[tiny_learner])
