@@ -413,7 +413,9 @@ def _says_place(table):
     if row is None:
         return [Say('place', None, "No lesion's place is known here, so nobody can tell whether they point at the "
             'disease. Draw lesions on some of the films, and ask again.')]
-    says = f'They point into the lesion in {_share(row)}; {row.n:.0f} films of {row.patients:.0f} patients.'
+    near = _row(table, 'pointing_3')
+    too = '' if near is None else f', in it or within 3 % of the film beside it in {100*near.value:.0f}'
+    says = f'They point into the lesion in {_share(row)}{too}; {row.n:.0f} films of {row.patients:.0f} patients.'
     if row.patients < _FEWEST: return [Say('place', None, f'{says} Patients are too few to say more.')]
     better, level, rivals = _sorted_out(table, 'pointing')
     if better:
