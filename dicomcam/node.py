@@ -8,7 +8,7 @@ Docs: https://dicomcam.github.io/dicomcam/api/node.html.md"""
 __all__ = ['FilmQueue', 'Node', 'answer_films', 'listening', 'serve']
 
 # %% ../nbs/api/36f_node.ipynb #935e5c25
-import hashlib, os, shutil, threading, time
+import hashlib, os, shutil, threading, time, warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -273,6 +273,8 @@ def serve(
     node:Node,
 ) -> None:
     "Listen and answer until the process is ended, by whatever: the next one goes on with what is in the queue."
+    if not node.phi: warnings.simplefilter('ignore') # pydicom's quote what a header says
+    threading.excepthook = lambda args: node.log(f'a connection ended by {args.exc_type.__name__}') # of pynetdicom
     with _alone(node.queue.folder), listening(node) as port:
         node.log(f'{node.aet} listens at {node.host}:{port} to {", ".join(node.callers)}, and answers to {node.target}')
         while True:

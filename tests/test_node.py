@@ -1,5 +1,5 @@
 "A node that answers films: killed, fed with garbage, without room, and against Debian's Orthanc where it is installed."
-import json, os, random, re, shutil, signal, socket, subprocess, sys, threading, time
+import os, random, shutil, signal, socket, subprocess, sys, threading, time, warnings
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,6 +81,22 @@ def test_one_node_a_queue(films, tmp_path):
         fcntl = pytest.importorskip('fcntl')
         fcntl.flock(f, fcntl.LOCK_EX)
         with pytest.raises(OSError, match='another node'): serve(node)
+
+@pytest.mark.filterwarnings('ignore')
+def test_nothing_of_a_patient_in_the_log(tmp_path, monkeypatch):
+    "pydicom's warnings quote headers; what ends a thread of pynetdicom is a line"
+    log = []
+    monkeypatch.setattr(threading, 'excepthook', threading.excepthook)
+    node = a_node(tmp_path/'queue', log=log)
+    def once(node):
+        warnings.warn("Invalid value: 'Doe^Jo'")
+        t = threading.Thread(target=lambda: 1/0)
+        t.start()
+        t.join()
+        raise KeyboardInterrupt
+    monkeypatch.setattr('dicomcam.node.answer_films', once)
+    with warnings.catch_warnings(record=True) as told, pytest.raises(KeyboardInterrupt): serve(node)
+    assert not told and log[1:] == ['a connection ended by ZeroDivisionError']
 
 def test_kept_and_told(films, tmp_path):
     log = []
