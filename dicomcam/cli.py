@@ -519,8 +519,12 @@ def _digest(model):
     help='Seconds after its last film when a study is answered.')
 @click.option('--keep', is_flag=True, help='Keep films after their answer.')
 @click.option('--phi', is_flag=True, help='Tell numbers of films and patients in the log.')
+@click.option('--tls-cert', metavar='FILE', help='This node\'s certificate, PEM: callers have to speak TLS then.')
+@click.option('--tls-key', metavar='FILE', help='Its key.')
+@click.option('--tls-callers', metavar='FILE', help='Certificates of the callers, or of who signs for them.')
 @click.option('--queue', default='queue', show_default=True, help='Folder for what waits, of this node alone.')
-def serve(model, target, callers, queue, aet, timeout, method, smooth, layer, **options):
+def serve(model, target, callers, queue, aet, timeout, method, smooth, layer, tls_cert, tls_key, tls_callers,
+    **options):
     """A node that takes films by C-STORE, explains them by MODEL, and stores the answers in their studies: overlay,
     bright region, structured report. Research only, not for diagnostic use.
 
@@ -528,11 +532,16 @@ def serve(model, target, callers, queue, aet, timeout, method, smooth, layer, **
     Example: dicomcam serve model.safetensors --from PACS --to dicom://PACS@127.0.0.1:4242
     """
     from dicomcam.archive import peer
-    from dicomcam.node import Node, FilmQueue, serve as run
+    from dicomcam.node import CallersTLS, FilmQueue, Node, serve as run
+    files = tls_cert, tls_key, tls_callers
+    if any(files) and not all(files):
+        raise click.UsageError('TLS needs --tls-cert, --tls-key and --tls-callers.', click.get_current_context())
+    tls = CallersTLS(*files) if all(files) else None
     answers = peer(target, aet, timeout=timeout)
     _, maps, shown = _engine(model, method, smooth, layer, options['cls'])
     words = [*_digest(model), f'layer {shown}']
-    run(Node(FilmQueue(queue), maps, answers, list(callers), words, aet, timeout=timeout, log=_tell, **options))
+    run(Node(FilmQueue(queue), maps, answers, list(callers), words, aet, timeout=timeout, tls=tls, log=_tell,
+        **options))
 
 # %% ../nbs/api/37_cli.ipynb #c102cda7
 @main.command()
