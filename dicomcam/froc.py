@@ -22,16 +22,23 @@ from .intervals import mean_interval, proportion_interval
 from .heatmaps import Heatmaps, read_mask
 
 # %% ../nbs/api/30c_froc.ipynb #1bbaeafe
-_SIDE, _HITS = 256, ('peak', 'iou', 'iobb')
+_SIDE, _HITS, _SPECK = 256, ('peak', 'iou', 'iobb', 'touch'), 1/1000
 
 def _film(heat, mask):
     "What speaks for the class, thinned; the lesions, numbered from 1, likewise; how many they are."
     heat = np.asarray(heat, np.float32).clip(0)
-    lesions, n = (np.zeros(heat.shape, int), 0) if mask is None else ndimage.label(mask)
+    lesions, n = (np.zeros(heat.shape, int), 0) if mask is None else _lesions(np.asarray(mask, bool))
     if heat.shape != lesions.shape: raise ValueError(f'A mask of {lesions.shape} for a map of {heat.shape}.')
     if mask is not None and not n: raise ValueError('A mask without a lesion. Give None for a healthy film.')
     thin = (slice(None, None, max(1, max(heat.shape)//_SIDE)),)*heat.ndim
     return heat[thin], lesions[thin], n
+
+def _lesions(mask):
+    "Connected parts, numbered from 1, without specks, and how many they are."
+    parts, _ = ndimage.label(mask)
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    return ndimage.label(mask & (sizes > _SPECK*sizes.sum())[parts])
 
 def _finds(heat, regions, n_regions, lesions, n_lesions, hit, overlap):
     "(regions, lesions) bool: which of them finds which?"
@@ -45,7 +52,7 @@ def _finds(heat, regions, n_regions, lesions, n_lesions, hit, overlap):
     shape = n_regions+1, n_lesions+1
     both = np.bincount((regions*shape[1]+lesions).ravel(), minlength=shape[0]*shape[1]).reshape(shape)
     union = both[1:].sum(1)[:, None]+both[:, 1:].sum(0)-both[1:, 1:]
-    return both[1:, 1:] > overlap*union
+    return both[1:, 1:] > (0 if hit == 'touch' else overlap*union)
 
 def _sweep(film, thresholds, hit, overlap):
     "For each threshold, rising: which lesions are found, (thresholds, lesions) bool; how many regions are false."
@@ -66,7 +73,7 @@ def froc_curve(
     masks:list,              # A lesion mask a map, of its shape, non-zero inside; None: a healthy film
     group:ndarray=None,      # (n,) whose film it is; None: each is a patient of its own
     thresholds:ndarray=None, # In units of the score, above 0; None: 60 up to the largest value
-    hit:str='peak',          # When a region finds a lesion: 'peak', 'iou' or 'iobb'
+    hit:str='peak',          # When a region finds a lesion: 'peak', 'iou', 'iobb' or 'touch'
     overlap:float=.1,        # IoU or IoBB to be passed
 ) -> pd.DataFrame:           # Index: threshold, falling; sensitivity, fp_healthy, lit, fp_film, intervals, counts
     """Free-response ROC of maps: connected regions at or above a threshold as detections (Bunch et al. 1978, Proc. SPIE
@@ -131,10 +138,12 @@ def plot_froc(
     label:str=None,       # In the legend
     per:str='fp_healthy', # On the x axis: per healthy film; 'fp_film': per film of all
 ) -> Axes:
-    "Lesions found against false regions, threshold by threshold, with the 95 % interval of the sensitivity."
+    "Lesions found against false regions as the threshold falls, until regions merge, with the sensitivity's interval."
     ax = ax or plt.subplots(figsize=(5, 4))[1]
+    last = np.flatnonzero(table[per] == table[per].max())[-1]
+    table = table.iloc[:last+1] # below, regions merge, and the curve would come back over itself
     line, = ax.plot(table[per], table.sensitivity, '.-', label=label)
-    ax.fill_between(table[per], table.low, table.high, alpha=.2, color=line.get_color())
+    ax.fill_between(table[per].cummax(), table.low, table.high, alpha=.2, color=line.get_color())
     films = 'healthy film' if per == 'fp_healthy' else 'film'
     ax.set(title='FROC', xlabel=f'false regions per {films}', ylabel='share of lesions found', ylim=(-.02, 1.02))
     if label: ax.legend(loc='lower right')
