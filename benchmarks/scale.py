@@ -18,7 +18,7 @@ def learner(seed, models):
     if models is None: learn = train_learner(path, seed)
     else: learn = load_model(Path(models)/f's{seed}/model.safetensors', dicom_dls(path, size=144, seed=seed))
     if not getattr(learn, 'choice', None): choose_layer(learn, path)
-    choose_scale(learn)
+    if not getattr(learn, 'heat_scale', None): choose_scale(learn)
     return learn
 
 def judged(learn, seed, n):

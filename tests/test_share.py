@@ -267,8 +267,8 @@ def test_classes_called_as_columns_of_heatmaps_csv(folder, tmp_path):
         h = heatmaps(files)
         h.raw, h.classes, h.probs = [o.repeat(1, 5, 1, 1)[:, :9] for o in h.raw], vocab, torch.linspace(.1, .9, 9).expand(len(files), 9)
         return h
-    def show(h, i, cls): return plt.figure()
-    def boxes(h, i, cls): return pd.DataFrame([dict(x=1, y=2, width=3, height=4, peak=.5, mass=.25)])
+    def show(h, i, cls, scale): return plt.figure()
+    def boxes(h, i, cls, scale): return pd.DataFrame([dict(x=1, y=2, width=3, height=4, peak=.5, mass=.25)])
     with pytest.MonkeyPatch.context() as m:
         m.setattr(Heatmaps, 'show', show), m.setattr(Heatmaps, 'boxes', boxes)
         write_heatmaps(tmp_path, explain, copies(folder, tmp_path/'a.dcm'), vocab, 'x')
