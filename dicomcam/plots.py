@@ -209,7 +209,7 @@ def plot_forest(
     value = df.columns.get_loc('low')-1
     if value < 1: raise ValueError('A table of intervals has a value left of low, and high.')
     names = [[for_figure(o) for o in row if o == o and o != ''] for row in df.iloc[:, :value].values.tolist()]
-    ax = _axes(ax, 6, 1+.25*len(df))
+    if ax is None: ax = plt.subplots(figsize=(6, 1+.25*len(df)), layout='constrained')[1]
     pale = [i for i, o in enumerate(names) if set(o) & set(grey)]
     _draw_intervals(ax, df[[df.columns[value], 'low', 'high']], [' '.join(o) for o in names], pale)
     if line is not None: ax.axvline(line, ls=':', c='gray')
