@@ -1,6 +1,7 @@
 """How much does a network read, and how much does it look? A dose-response over how often a word goes with the disease.
 
     python benchmarks/shortcut.py [--r none .5 .7 .9 1] [--seeds 1 2 3] [--n 400] [--size 64] [--epochs 16] [--out FILE.json]
+    python benchmarks/shortcut.py --model FILE.safetensors [--layers -7 -6 -5]
 
 A small network (three convolutions and a linear layer) is trained on phantoms in which a share r of the ill and 1-r of the
 well carry the word SUPINE, and tested on other patients of whom a share 1-r of the ill do (Viviano and others 2021).
@@ -8,7 +9,10 @@ well carry the word SUPINE, and tested on other patients of whom a share 1-r of 
 alone, and nothing else: what is lost of the log-odds, and where was Grad-CAM, at the last layer (2) and the one before?
 
 Each seed draws the weights, the order of the films and who carries the word; figures are means over the seeds, with 95 %
-intervals by patient."""
+intervals by patient.
+
+The second form takes 24 lesions off phantom films (seed 11) and asks of a model trained by `dicomcam demo`, on another
+seed, whether it reacts, and of its maps whether they show the lesion."""
 import argparse, json, warnings
 from pathlib import Path
 
@@ -19,6 +23,7 @@ from torch import nn
 
 from dicomcam.causal import causal_effects, causal_table
 from dicomcam.gradcam import gradcam
+from dicomcam.models import load_model
 from dicomcam.intervals import fewest_patients, interval, mean_interval, patient_resamples, roc_area, roc_counts
 from dicomcam.pairs import phantom_pairs, read_pairs, tied
 from dicomcam.phantom import CLASSES
@@ -104,6 +109,15 @@ def row(r, args, train, test, both):
             tables[f'{what}, layer {layer}'] = causal_table(pooled, by='log_odds', at=1, group=group)
     return figures, tables
 
+def of_model(file, layers):
+    "`causal_table` of a saved model on 24 pairs of films."
+    learn, pairs = load_model(file), read_pairs(phantom_pairs(n=24, size=256, seed=11, change='lesion'))
+    maps = [gradcam(learn, pairs.file.tolist(), CLASSES[1], layers, o) for o in ('gradcam', 'hirescam')]
+    effects = causal_effects(learn, maps, pairs.twin.tolist(), pairs.region.tolist(), CLASSES[1])
+    print('probability with the lesion, and without:', *effects[['with', 'without']].mean().round(2))
+    table = causal_table(effects, group=pairs.patient)
+    print(table[table.pairs > 0].round(2).to_string())
+
 def text(value, low, high): return f'{value:.2f} ({low:.2f} to {high:.2f})'
 
 if __name__ == '__main__':
@@ -112,7 +126,10 @@ if __name__ == '__main__':
     p.add_argument('--seeds', nargs='+', type=int, default=[1, 2, 3])
     for option, value in ('--n', 400), ('--size', 64), ('--epochs', 16): p.add_argument(option, type=int, default=value)
     p.add_argument('--out', type=Path)
+    p.add_argument('--model', type=Path)
+    p.add_argument('--layers', nargs='+', type=int, default=[-7, -6, -5])
     args = p.parse_args()
+    if args.model: raise SystemExit(of_model(args.model, args.layers))
     train, test, both = Films(args.n, args.size, 1), Films(200, args.size, 2), Both(60, args.size, 3)
     found = {}
     for dose in args.r:
