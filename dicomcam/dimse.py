@@ -136,6 +136,12 @@ def _entity(peer):
     ae.network_timeout = None # that this side takes its time between two requests ends nothing
     return ae
 
+def _keep_answers(assoc):
+    """Answers are for who asked, and waits. pynetdicom's own thread, which looks for requests in between, may else take
+    the first answer and drop it: it is told to pause, but may be past the place where it does."""
+    take = assoc.dimse.get_msg
+    assoc.dimse.get_msg = lambda block=False: take(block) if block else (None, None)
+
 @contextmanager
 def _associated(
     peer,
@@ -153,6 +159,7 @@ def _associated(
     assoc = ae.associate(peer.host, peer.port, asked, peer.aet, ext_neg=roles, evt_handlers=handlers)
     try:
         if not assoc.is_established: raise _refusal(peer, assoc, guard)
+        _keep_answers(assoc)
         yield assoc
         assoc.release()
     except BaseException:

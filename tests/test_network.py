@@ -319,6 +319,21 @@ def test_answers_that_were_not_asked_for(films):
     with node([(evt.EVT_C_FIND, search)]) as address:
         assert len(find(address, dict(PatientID='plain-one'))) == 1
 
+def test_no_answer_is_lost(films, monkeypatch):
+    "pynetdicom's own thread, which does not pause here, does not take them"
+    class Open:
+        def clear(self): pass
+        def set(self): pass
+        def wait(self): time.sleep(.001) # so that it seems to pause
+    from pynetdicom.association import Association
+    run = Association._run_reactor
+    def restless(self):
+        if self.is_requestor: self._reactor_checkpoint = Open()
+        run(self)
+    monkeypatch.setattr(Association, '_run_reactor', restless)
+    with node(handing_out(films)) as address:
+        for _ in range(3): assert len(find(address, most=100, timeout=5)) == len(films)
+
 def test_too_large(films, tmp_path):
     with node(handing_out(films[:1])) as address, pytest.raises(ConnectionError) as e: fetch(address, {}, tmp_path, most=1, max_bytes=2000, **ONE)
     one_line(e, 'sends more than')
