@@ -109,7 +109,8 @@ def _inputs():
     "What the command that runs reads, --force or not."
     context = click.get_current_context(silent=True)
     given = context.params if context else {}
-    named = [*(given.get(o) for o in ('model', 'named', 'folder', 'data', 'pretrained')), *given.get('files', ())]
+    one = (given.get(o) for o in ('model', 'named', 'folder', 'data', 'pretrained'))
+    named = [*one, *given.get('files', ()), *given.get('also', ())]
     labels = Path(given.get('folder') or '')/(given.get('labels') or '')
     return {Path(o).expanduser().resolve() for o in (*named, labels) if o and o is not True}
 

@@ -346,8 +346,8 @@ def _with_misses(values):
     missed = missed.assign(measure='misses_left', value=missed.film.map(read).astype(float))
     return pd.concat([values, missed[_COLUMNS]], ignore_index=True)
 
-def _rows(part):
-    "One figure's row of each map, from its values."
+def _rows(part, films):
+    "One figure's row of each map, from its values; paired for all films and the found."
     part = part.assign(nth=part.groupby(['map', 'film']).cumcount()).set_index(['film', 'nth'])
     patient = part.patient[~part.index.duplicated()]
     wide = {name: o.value.reindex(patient.index) for name, o in part.groupby('map', sort=False)}
@@ -355,7 +355,8 @@ def _rows(part):
         known = values.notna()
         mean, low, high = mean_interval(values[known], group=patient[known])
         row = dict(map=name, value=mean, low=low, high=high, n=int(known.sum()), patients=patient[known].nunique())
-        yield row | (_paired(wide['heatmap'], values, patient) if name in _BASELINES and 'heatmap' in wide else {})
+        pairs = name in _BASELINES and 'heatmap' in wide and films in ('all', 'found')
+        yield row | (_paired(wide['heatmap'], values, patient) if pairs else {})
 
 def _sets(values):
     "Name -> those films' values."
@@ -372,7 +373,7 @@ def _summed(
 ) -> pd.DataFrame: # Index: films, measure, map; value, low, high, n, patients; heatmap less baseline: `_PAIRED`
     "Each of `FIGURES` for each set of films and each map."
     rows = [dict(films=films, measure=m) | row for films, of in _sets(values).items()
-        for m, part in of[of.measure.isin(FIGURES)].groupby('measure', sort=False) for row in _rows(part)]
+        for m, part in of[of.measure.isin(FIGURES)].groupby('measure', sort=False) for row in _rows(part, films)]
     columns = ['films', 'measure', 'map', 'value', 'low', 'high', 'n', 'patients', *_PAIRED]
     return pd.DataFrame(rows, columns=columns).set_index(['films', 'measure', 'map'])
 

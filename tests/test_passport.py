@@ -173,13 +173,13 @@ def test_healthy_films_are_looked_at_on_a_scale(folder):
     from dicomcam.gradcam import gradcam
     learn = make_tiny(dicom_dls(folder, size=64))
     learn.heat_scale = HeatScale(.05, 1., learn.dls.vocab[-1], chosen(learn)['layer'], 'gradcam', 20, 20)
-    table = label_table(folder)
+    table = label_table(folder).iloc[:12]
     v = passport_values(learn, table, folder, faithful=0)
     masks = [lesion_mask(folder, o) for o in table.file]
     row = froc(gradcam(learn, table.file.tolist(), learn.dls.vocab[-1], chosen(learn)['layer']), masks, learn.dls.vocab[-1], thresholds=[.05]).iloc[0]
     means = v.groupby('measure').value.mean()
     assert (means.lesions_lit, means.false_regions, means.healthy_lit) == pytest.approx((row.sensitivity, row.fp_healthy, row.lit)) and 0 < row.lit
-    other = passport_values(learn, table, folder, method='hirescam', layer='4', faithful=0)
+    other = passport_values(learn, table.iloc[:3], folder, method='hirescam', layer='4', faithful=0)
     assert 'healthy_lit' not in set(other.measure) # the scale is of other maps
 
 def test_the_same_network_twice(tiny_learner, folder):
@@ -225,13 +225,13 @@ def run(*args, status=0):
     return r
 
 def test_command(folder, model, tmp_path):
-    r = run('passport', model, folder, '--held-out', '--faithful', 1, '--also', model, '--json', '--out', tmp_path/'p.html')
+    r = run('passport', model, folder, '--held-out', '--faithful', 0, '--also', model, '--json', '--out', tmp_path/'p.html')
     said = json.loads((tmp_path/'p.json').read_text())['verdict']
     assert r.stdout.splitlines()[1:-1] == [o['text'] for o in said] and 'p.html' in r.stdout.splitlines()[-1]
     assert sorted(o.name for o in tmp_path.iterdir()) == ['p.html', 'p.json'] and 'other trainings' in (tmp_path/'p.html').read_text()
 
 @pytest.mark.parametrize('args, says', [(['--out', 'there.html'], 'is there already'), (['--positive', 'Flu'], "No class 'Flu'"),
-    (['--method', 'magic'], "No method 'magic'"), (['--json', '--out', 'x.json'], 'Name an HTML file'), (['--labels', 'no.csv'], 'no such file')])
+    (['--method', 'magic'], "No method 'magic'"), (['--json', '--out', 'x.json'], 'Name an HTML file'), (['--also', 'there.html', '--force', '--out', 'there.html'], 'is what the command reads'), (['--labels', 'no.csv'], 'no such file')])
 def test_bad_input_is_one_line(folder, model, tmp_path, monkeypatch, args, says):
     monkeypatch.chdir(tmp_path)
     Path('there.html').write_text('')
@@ -283,10 +283,10 @@ def test_labels_of_one_finding_for_a_network_of_several(folder, tmp_path):
     learn = make_tiny(dicom_dls(folder, three, size=64, label_delim='|', cache=False))
     assert learn.dls.setup.multi and set(as_findings(learn, table).label) == {('Pneumothorax',), ()}
     assert as_findings(learn, table.assign(label='Flu')).label[0] == 'Flu' # which it does not know, and says so
+    table = table.iloc[:10]
     fn = report(learn, table, tmp_path/'r.html', '5', n=2, path=folder)
     t = texts(fn)
     assert 'Pneumothorax: positive from' in t and 'Mass: positive from' not in t and 'Label Pneumothorax.' in t and 'They point into the lesion in' in t
     df, _ = readable_predictions(learn, as_findings(learn, table))
     p = df.Pneumothorax.where(table.label == 'Pneumothorax', 1-df.Pneumothorax)
     assert {f'{-np.log(o):.6f}' for o in p} >= set(re.findall('data-loss="(.*?)"', fn.read_text()))
-    assert Passport.of(passport_values(learn, table, folder, faithful=0), 'x').table.n['all', 'pointing', 'heatmap'] == (table.label == 'Pneumothorax').sum()
