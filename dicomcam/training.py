@@ -62,8 +62,8 @@ def few_films(
     "What to expect of a training on so few films."
     n = len(dls.train_ds)
     if n >= _FEW: return None
-    return (f'{n} films to train on: below a few hundred no recipe helps much. More films will help more than '
-        'another network.')
+    return (f'{n} films to train on: below a few hundred, how good a network gets hangs on which films they are. '
+        'More of them will help more than another network.')
 
 # %% ../nbs/api/20_training.ipynb #ceaf55c7
 def trial_step(
