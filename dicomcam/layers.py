@@ -35,7 +35,7 @@ def layer_name(
     layers = dict(model.named_modules(remove_duplicate=False))
     children = [name for name, child in model._modules.items() if child is not None]
     if isinstance(layer, nn.Module): name = next((n for n, o in layers.items() if o is layer), None)
-    elif isinstance(layer, int): name = children[layer] if -len(children) <= layer < len(children) else None
+    elif type(layer) is int and -len(children) <= layer < len(children): name = children[layer] # True is no number
     else: name = None
     if name: return name
 

@@ -1,6 +1,7 @@
 "CAM, `Heatmaps` and the engine below them: exact maps, the way back to the original, a model left as it was found"
 import random
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np, pytest, torch
 from fastai.vision.all import (CategoryBlock, CropPad, CrossEntropyLossFlat, DataBlock, ImageBlock, Learner, Mish, Normalize, PILImageBW,
@@ -13,7 +14,7 @@ from torchvision.models import densenet121, mobilenet_v3_small, resnet18, squeez
 
 from dicomcam.cam import cam
 from dicomcam.classifier import Classifier
-from dicomcam.explain import as_found, outputs_of, view_of
+from dicomcam.explain import _modules, as_found, outputs_of, view_of
 from dicomcam.heatmaps import Heatmaps, read_mask
 from dicomcam.layers import fine_stage, first_fine, last_stages, layer_name
 from dicomcam.maps import positive, to_unit, upsample
@@ -333,6 +334,12 @@ def test_an_output_is_read_alike_with_and_without_a_graph(end):
     with torch.no_grad(): watched = Classifier(net).asked(x)
     asked = Classifier(net).asked(x, graph=True)
     assert asked.scores[0].requires_grad and torch.equal(asked.values, watched.values)
+
+def test_the_state_of_a_model_is_found_once_a_batch():
+    net = resnet18(num_classes=2)
+    gradcam(net, batch()) # which layer that is is remembered
+    with mock.patch('dicomcam.explain._modules', wraps=_modules) as looks: gradcam(net, batch())
+    assert looks.call_count == 1
 
 def test_dropout_that_never_sleeps_leaves_the_random_state():
     class Noisy(nn.Module):

@@ -246,7 +246,7 @@ class Unused(nn.Module):
         self.side(x)
         return self.net(x)
 
-UNFIT = [('spare', 'did not run'), ('side', 'do not depend'), ('net.11', 'net.11 has no positions'), ('net.8', 'net.8 has no positions')]
+UNFIT = [(True, 'No layer True'), ('spare', 'did not run'), ('side', 'do not depend'), ('net.11', 'net.11 has no positions'), ('net.8', 'net.8 has no positions')]
 
 @pytest.mark.parametrize('layer,match', UNFIT)
 def test_layers_that_cannot_be(layer, match):
