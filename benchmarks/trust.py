@@ -16,6 +16,7 @@ import cv2, numpy as np, pandas as pd
 
 from dicomcam.absolute import choose_scale, film_maxima
 from dicomcam.attribution import attribute
+from dicomcam.batches import dicom_dls
 from dicomcam.choice import CANDIDATES, choose_layer, late_stages, training_prior
 from dicomcam.data import lesion_mask
 from dicomcam.files import plain_progress
@@ -37,13 +38,13 @@ COPIES = 'mean of 2 copies'
 
 def network(seed, models):
     "The network of a seed, trained where it is not at hand, and what `choose_layer` chose for it."
-    fn = models/f's{seed}'/'model.safetensors'
+    fn, path = models/f's{seed}'/'model.safetensors', phantom(seed=seed)
     if not fn.is_file():
         fn.parent.mkdir(parents=True, exist_ok=True)
-        learn = train_learner(phantom(seed=seed), seed, pretrained=False)
+        learn = train_learner(path, seed, pretrained=False)
         choose_layer(learn)
         save_model(learn, fn)
-    return load_model(fn)
+    return load_model(fn, dicom_dls(path, seed=seed, size=144)) # its own films, for the prior and the scale
 
 def films(seed, args):
     "Folder and films of a phantom: file, label, group."
@@ -106,7 +107,7 @@ def part(seed, on, shown, nets, args):
         if set(shown) <= {o[:2] for o in res['values']}: return res
     start, learn = time.monotonic(), nets[seed]
     others = [nets[o] for o in nets if o != seed and args.others]
-    res = measure(learn, *films(on, args), shown, others, training_prior(learn, phantom(seed=seed)))
+    res = measure(learn, *films(on, args), shown, others, training_prior(learn))
     print(f'seed {seed} on phantom {on}: {len(res["values"])} lesions found, {time.monotonic()-start:.0f} s', flush=True)
     if fn:
         fn.parent.mkdir(parents=True, exist_ok=True)
@@ -119,9 +120,7 @@ def absolute(seed, on, net, args):
     "What is lit on a scale of the network's own films (`choose_scale`), on a phantom that it has not seen: lesions, healthy films, false regions."
     fn = args.keep and args.keep/f's{seed}_p{on}_scale.pkl'
     if fn and fn.is_file(): return pickle.loads(fn.read_bytes())
-    if not getattr(net, 'heat_scale', None):
-        own = label_table(phantom(seed=seed))
-        choose_scale(net, own.file.tolist(), own.label.tolist(), CLS)
+    if not getattr(net, 'heat_scale', None): choose_scale(net, cls=CLS)
     scale, (path, table) = net.heat_scale, films(on, args)
     h = at_input(attribute(net, table.file.tolist(), CLS, scale.layer, net.choice['method'], scale.smooth))
     masks = [shrunk(lesion_mask(path, o), net.dls.setup.size) if ill else None for o, ill in zip(table.file, table.label == CLS)]
@@ -192,10 +191,14 @@ def abstaining(chosen, judged, name, signal, found=True):
     "The rule with each network's own threshold, from the choosing phantom, where four in five maps are read."
     right, group, seeds, trust = trust_rows(judged, name, signal, found)
     _, _, other_seeds, others = trust_rows(chosen, name, signal)
-    unread = np.zeros(len(right), bool)
-    for s in set(seeds): unread[seeds == s] = abstain(trust[signal][seeds == s], others[signal][other_seeds == s])
-    areas = risk_areas(right, trust, group)
-    return dict(abstention(right, unread, group).to_dict('index'), area=areas.loc[signal].to_dict(), chance=areas.loc['chance'].to_dict())
+    unread, share = np.zeros((2, len(right)), bool)
+    for s in set(seeds):
+        here = trust[signal][seeds == s]
+        unread[seeds == s] = abstain(here, others[signal][other_seeds == s])
+        share[seeds == s] = abstain(here, here) # no label is needed to read four in five of the films at hand
+    areas, at_80 = risk_areas(right, trust, group), abstention(right, share, group)
+    at_80.index = [f'{o}, four in five of these films read' for o in at_80.index]
+    return dict(abstention(right, unread, group).to_dict('index'), **at_80.iloc[[0, 2, 3]].to_dict('index'), area=areas.loc[signal].to_dict(), chance=areas.loc['chance'].to_dict())
 
 def text(o):
     "A figure with its interval, as a person writes it."
