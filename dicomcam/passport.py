@@ -484,6 +484,7 @@ def _says_follows(table):
     if set(goods) == {True}: return [Say('follows', True, f'They show what the model uses: {says}.')]
     return [Say('follows', None, f'Whether they show what the model uses cannot be told: {says}.')]
 
+# %% ../nbs/api/33b_passport.ipynb #332058a9
 def _says_drawn(table):
     "Do they show what was learnt?"
     row, other = _row(table, 'drawn_spearman'), _row(table, 'drawn_spearman', 'another film')
