@@ -539,7 +539,7 @@ def serve(model, target, callers, queue, aet, timeout, method, smooth, layer, tl
         raise click.UsageError('TLS needs --tls-cert, --tls-key and --tls-callers.', click.get_current_context())
     tls = CallersTLS(*files) if all(files) else None
     answers = peer(target, aet, timeout=timeout)
-    _, maps, shown = _engine(model, method, smooth, layer, options['cls'])
+    _, maps, shown = _engine(model, method, smooth, layer, options['cls'], None)
     words = [*_digest(model), f'layer {shown}']
     run(Node(FilmQueue(queue), maps, answers, list(callers), words, aet, timeout=timeout, tls=tls, log=_tell,
         **options))

@@ -113,7 +113,9 @@ def _write_answer(h, i, cls, model, folder):
     "The objects that answer a film, as files in a new folder."
     folder.mkdir()
     save_sc(h, i, folder/'1.dcm', cls)
-    seg, k = save_seg(h, i, folder/'2.dcm', cls), h.cls(i, cls)
+    k = h.cls(i, cls)
+    try: seg = save_seg(h, i, folder/'2.dcm', cls)
+    except ValueError: return # nothing bright enough: a picture, and no region to report
     save_sr(seg, folder/'3.dcm', h.classes[k], float(h.probs[i, k]), h.method, model)
 
 @dataclass
