@@ -347,7 +347,7 @@ def _title(h, i, k, layer, by):
     "Of image `i`, or with `k` of the map of that class at that layer; `by`: what each class is drawn by."
     if k is None: return 'image' # not the name of its file, which may be that of a patient
     title = f'{for_figure(h.classes[k])} {h.probs[i, k]:.2f}, layer {for_figure(h.layers[layer])}'
-    return title+', by its own maximum' if any(by.values()) and not by[k] else title
+    return title+'\nby its own maximum' if any(by.values()) and not by[k] else title
 
 def _colour_bar(row, by, method, cmap):
     "Beside a row of axes: what the colours stand for, on a scale in units of the score with the threshold marked."
