@@ -262,9 +262,9 @@ class _Pictures(_WeightedMaps):
 
     def _show_other(self, i, classes, layers, cmap, scale):
         "Of a volume three planes a map, of a signal its line."
-        heats = [self.heat(i, self.classes[k], self.layers[o], scale=self._fitting(i, k, o, scale) or 'own')
-            for o in layers for k in classes]
-        titles = [_title(self, i, k, o) for o in layers for k in classes]
+        maps = [(o, k, {q: self._fitting(i, q, o, scale) for q in classes}) for o in layers for k in classes]
+        heats = [self.heat(i, self.classes[k], self.layers[o], scale=by[k] or 'own') for o, k, by in maps]
+        titles = [_title(self, i, k, o, by) for o, k, by in maps]
         x = to_np(self.images[i].float().mean(0))
         if x.ndim == 1: return show_signal(x, heats, titles, cmap)
         return show_planes((x-x.min())/(np.ptp(x) or 1), heats, titles, cmap=cmap)
