@@ -363,6 +363,11 @@ def explain(model, files, named, method, smooth, layer, cls, scale, dicom, bs, p
 
 # %% ../nbs/api/37_cli.ipynb #cbdbbf23
 _judging = _options(
+    click.argument('model'),
+    click.argument('folder'),
+    _labels,
+    _by(None, 'As for train; by default as MODEL was trained.'),
+    _maps,
     click.option('--positive', help='Class that counts as positive; by default the last of two, each of more.'),
     click.option('--held-out', is_flag=True,
         help='Only the patients held back in training; for the FOLDER that MODEL was trained on.'))
@@ -381,11 +386,6 @@ def _model_and_table(model, folder, labels, by, held_out):
 
 # %% ../nbs/api/37_cli.ipynb #528dd768
 @main.command()
-@click.argument('model')
-@click.argument('folder')
-@_labels
-@_by(None, 'As for train; by default as MODEL was trained.')
-@_maps
 @_judging
 @click.option('--cases', default=50, show_default=True, type=click.IntRange(1), help='Most images to show.')
 @click.option('--phi', is_flag=True, help='Show names of files and patients.')
@@ -408,11 +408,6 @@ def report(model, folder, labels, by, method, smooth, layer, positive, held_out,
 
 # %% ../nbs/api/37_cli.ipynb #2fd7cd3e
 @main.command()
-@click.argument('model')
-@click.argument('folder')
-@_labels
-@_by(None, 'As for train; by default as MODEL was trained.')
-@_maps
 @_judging
 @click.option('--faithful', default=20, show_default=True, type=click.IntRange(0),
     help='Most images on which the heatmaps are held against MODEL, which takes a few hundred passes each.')

@@ -99,6 +99,7 @@ def _is_scale(o):
     try: return type(o) is dict and bool(HeatScale(**o))
     except (TypeError, ValueError): return False
 
+# %% ../nbs/api/19_models.ipynb #b1cbcd37
 _WORDS = dict( # of a model file: what each is, and whether it is
     arch=('the name of a network', lambda o: type(o) is str),
     act_cls=(f'one of {", ".join(ACTIVATIONS)}', lambda o: type(o) is str and o in ACTIVATIONS),
@@ -172,6 +173,7 @@ def _check_classes(words, dls):
     here, there = list(dls.vocab), words['vocab']
     if here != there: raise ValueError(f'its classes are {there!r:.60}, those of the dataloaders {here!r:.60}')
 
+# %% ../nbs/api/19_models.ipynb #8146e14a
 def load_model(
     fn:str|Path,          # File that `save_model` wrote
     dls:DataLoaders=None, # To go on with (`validate`, `fit`); None: empty ones, enough for `predict` and heatmaps

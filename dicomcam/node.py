@@ -48,6 +48,7 @@ def _identity(data):
     if not all(ids): raise DicomError('a film without a number of its study or its own')
     return tuple(map(_digest, (*ids, transfer_syntax(ds), ds.get('PixelData') or b'')))
 
+# %% ../nbs/api/36f_node.ipynb #adaeb69e
 class FilmQueue:
     "Films that wait for their answer, and answers that wait to be sent, on the disk."
     def __init__(self,
@@ -118,6 +119,7 @@ def _write_answer(h, i, cls, model, folder):
     except ValueError: return # nothing bright enough: a picture, and no region to report
     save_sr(seg, folder/'3.dcm', h.classes[k], float(h.probs[i, k]), h.method, model)
 
+# %% ../nbs/api/36f_node.ipynb #4c3c44b6
 @dataclass
 class Node:
     """A node: what it has, whom it listens to, whom it answers. Loopback, unless told otherwise; no archive: it answers
