@@ -39,7 +39,7 @@ def test_maps_of_mirror_images_and_of_several_trainings(real, learns):
     assert torch.allclose(mean.probs, (a.probs+b.probs)/2)
     def share(h): return (h.raw[1].clamp(min=0)/h.raw[1].clamp(min=0).amax((2, 3), keepdim=True)).nan_to_num(0)
     assert torch.allclose(mean.raw[1], (share(a)+share(b))/2)
-    assert min(o.raw[0].min() for o in (a, b)) < 0 <= mean.raw[0].min()
+    assert all(o.raw[0].min() < 0 for o in (a, b)) and mean.raw[0].min() >= 0
 
 def test_questions_are_of_the_films_that_they_name(real, monkeypatch):
     rng = np.random.default_rng(0)
