@@ -183,7 +183,7 @@ _maps = _options(
     click.option('--method',
         help='How: gradcam, layercam, occlusion ...; a wrong name lists all. By default, without --layer too, what '
             'showed lesions best in training; else gradcam.'),
-    click.option('--smooth', help='The mean map of: noise (noisy copies), tta (mirror images and brightness) or mirror.'),
+    click.option('--smooth', help='Mean map of: noise (noisy copies), tta (mirror image, brightness) or mirror.'),
     click.option('--layer', metavar='LAYER', type=_layer, help=_LAYER))
 _scale = click.option('--scale', type=click.Choice(['absolute', 'own']),
     help='absolute: what healthy films stay below has no colour; own: each map by its maximum. By default absolute, '
