@@ -1,6 +1,6 @@
 """Run notebooks in a clean kernel, at full size, and save what they show.
 
-    python tools/save_outputs.py [--check] [nbs/03_train.ipynb ...]
+    python tools/save_outputs.py [--check] [nbs/05_training.ipynb ...]
 
 Without names all of them, the overview last. Then nbdev-clean removes counts and metadata, and tools/readme.py renews
 README.md. `--check` saves nothing and needs no nbdev; with IN_TEST=1 in the environment it runs on small data, as
