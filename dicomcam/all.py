@@ -16,6 +16,7 @@ from dicomcam.chest import *
 from dicomcam.interpret import *
 from dicomcam.planes import *
 from dicomcam.prior import *
+from dicomcam.diagrams import *
 from dicomcam.scale import *
 from dicomcam.heatmaps import *
 from dicomcam.layouts import *
