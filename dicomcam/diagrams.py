@@ -34,7 +34,7 @@ def show_bytes(
     title:str='',
 ) -> plt.Axes:
     "Bytes in a row: in hexadecimal, below that the letter, below that what they are."
-    ax, at = _canvas(sum(len(data) for data, _ in parts), 2.4, .6, title), 0
+    ax, at = _canvas(sum(len(data) for data, _ in parts), 2.1, .6, title), 0
     for (data, says), colour in zip(parts, cycle(_COLOURS)):
         for i, byte in enumerate(data, at):
             _box(ax, i, 0, 1, 1, f'{byte:02x}', colour, fontsize=11, family='monospace')
@@ -66,7 +66,7 @@ def show_steps(
 ) -> plt.Axes:
     "Boxes in a row, each with a line or two below it."
     gap = .5 if arrows else 0
-    ax = _canvas(len(steps)*(width+gap) - gap, 2.2, .85, title)
+    ax = _canvas(len(steps)*(width+gap) - gap, 1.95, .85, title)
     for i, ((name, note), colour) in enumerate(zip(steps.items(), cycle(_COLOURS))):
         x = i*(width+gap)
         _box(ax, x, .1, width, 1, name, colour, fontsize=10)
