@@ -1,4 +1,4 @@
-"""A dozen lines of PyTorch show which part of the X-ray a score came from, for every class at once.
+"""A dozen lines of PyTorch show which part of an X-ray a score came from, for every class at once.
 
 Docs: https://dicomcam.github.io/dicomcam/cam.html.md"""
 
