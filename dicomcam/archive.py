@@ -19,32 +19,40 @@ from .files import progress_bar, whole
 from .read import read_dicom
 from .summary import summarize
 from .films import UIDS, Sent
-from .dimse import DicomPeer
+from .dimse import DicomPeer, PeerTLS
 from .dicomweb import WebPeer
 
 # %% ../nbs/api/36e_archive.ipynb #4a49e72a
 def peer(
-    address:str,         # dicom://AET@host:port, or http(s)://host/path, as far as /studies
+    address:str,         # dicom://AET@host:port, the same with dicom-tls, or http(s)://host/path as far as /studies
     aet:str='DICOMCAM',  # AE title of this side
     port:int|None=None,  # Where this side listens for films that come by C-MOVE; None: not
     timeout:float=60,    # Seconds that an answer may take
     max_bytes:int=1<<30, # That a film may have
+    ca:str|Path|None=None,   # The archive's certificate, or that of who signs for it, PEM; None: whom all here believe
+    cert:str|Path|None=None, # This side's, where the archive asks for one
+    key:str|Path|None=None,  # Its key
 ) -> DicomPeer|WebPeer:
-    "The archive at an address. Asks nothing of it. Raises ValueError for what is no address."
+    """The archive at an address. Asks nothing of it. Raises ValueError for what is no address, OSError for what are no
+    certificates."""
     parts = urlsplit(address)
+    tls = PeerTLS(ca, cert, key) if parts.scheme in ('https', 'dicom-tls') else None
+    if (ca or cert or key) and not tls:
+        raise ValueError(f'{address}: is not encrypted, certificates or not. Write dicom-tls:// or https://.')
     try: number = parts.port
     except ValueError: raise ValueError(f'{address}: is no address: the port is no number.') from None
     if parts.scheme in ('http', 'https') and parts.hostname:
         if '@' in parts.netloc:
             raise ValueError(f'{parts.hostname}: a password in an address is seen by all. DICOMCAM_LOGIN is for it.')
-        return WebPeer(address.rstrip('/'), timeout, max_bytes)
-    if parts.scheme != 'dicom' or not (parts.username and parts.hostname and number):
-        raise ValueError(f'{address}: is no address. Write dicom://AET@host:port or https://host/dicom-web.')
+        return WebPeer(address.rstrip('/'), timeout, max_bytes, tls)
+    if parts.scheme not in ('dicom', 'dicom-tls') or not (parts.username and parts.hostname and number):
+        raise ValueError(f'{address}: is no address. Write dicom://AET@host:port, dicom-tls://AET@host:port or '
+            'https://host/dicom-web.')
     name = unquote(parts.username)
     for title in (name, aet):
         if not re.fullmatch(r'[ -\[\]-~]{1,16}', title) or not title.strip():
             raise ValueError(f'{title}: is no AE title, which has 1 to 16 characters of ASCII (PS3.5 section 6.2).')
-    return DicomPeer(name, parts.hostname, number, aet, port, timeout, max_bytes)
+    return DicomPeer(name, parts.hostname, number, aet, port, timeout, max_bytes, tls)
 
 # %% ../nbs/api/36e_archive.ipynb #45fc5a7f
 _LEVELS = dict(STUDY=['StudyInstanceUID', 'PatientID', 'PatientName', 'StudyDate', 'AccessionNumber',
@@ -90,7 +98,7 @@ def find(
     source:str,          # Address of an archive, see `peer`
     query:dict|None=None,# {keyword: value}: PatientID, StudyInstanceUID, Modality, StudyDate ...
     most:int|None=None,  # Films at most; None: all that match
-    **kwargs,            # Passed to `peer`: aet, timeout
+    **kwargs,            # Passed to `peer`: aet, timeout, ca, cert, key
 ): # A pandas `DataFrame`
     """What an archive has, a row a film; fetches none. Raises ValueError for a query that cannot be asked,
     ConnectionError and OSError, in one line, if the archive does not answer."""
@@ -143,7 +151,7 @@ def fetch(
     pause:float=2,      # Seconds after the first break; twice as long after each further one
     phi:bool=True,      # As for `summarize`
     progress:bool=True, # Show a progress bar, in a notebook or a terminal
-    **kwargs,           # Passed to `peer`: aet, port, timeout
+    **kwargs,           # Passed to `peer`: aet, port, timeout, ca, cert, key
 ): # A pandas `DataFrame`
     """Films of an archive as files, as they are kept there, and their table, as `summarize` gives it: a row a film, and
     in `error` why it could not be had. Films that are in `dest` already are not fetched again. Raises as `find` does,
@@ -172,7 +180,7 @@ def send(
     tries:int=3,        # How often a file is sent that may go another time
     pause:float=2,      # Seconds after the first try; twice as long after each further one
     progress:bool=True, # Show a progress bar, in a notebook or a terminal
-    **kwargs,           # Passed to `peer`: aet, timeout
+    **kwargs,           # Passed to `peer`: aet, timeout, ca, cert, key
 ): # A pandas `DataFrame`
     """Store files in an archive; a row for each: `fname`, `status` (stored; stored, decompressed: the archive does not
     take it as it is), and in `error` why it was not stored. Raises ValueError for what is no address, ConnectionError

@@ -438,6 +438,10 @@ def passport(model, folder, labels, by, method, smooth, layer, positive, held_ou
 # %% ../nbs/api/37_cli.ipynb #e409ce9d
 _network = _options(
     click.option('--aet', default='DICOMCAM', show_default=True, help='AE title of this side.'),
+    click.option('--tls-ca', 'ca', metavar='FILE',
+        help='Certificate of the archive, or of who signs for it, PEM; by default whom this machine believes.'),
+    click.option('--tls-cert', 'cert', metavar='FILE', help='Certificate of this side, PEM.'),
+    click.option('--tls-key', 'key', metavar='FILE', help='Its key.'),
     click.option('--timeout', default=60., show_default=True, type=click.FloatRange(0, min_open=True),
         help='Seconds that an answer may take.'))
 
@@ -452,10 +456,10 @@ _network = _options(
 @_network
 @click.option('--phi', is_flag=True, help='Keep what may identify a patient, in the table and on the screen.')
 @click.option('--out', default='films', show_default=True, help='Folder for the films; what is there stays.')
-def fetch(source, most, port, aet, timeout, phi, out, **query):
+def fetch(source, most, port, aet, ca, cert, key, timeout, phi, out, **query):
     """Films of an archive, as they are kept there, and summary.csv, a table of them.
 
-    SOURCE is dicom://AET@host:port or https://host/dicom-web. A password or a token for the latter comes from the
+    SOURCE is dicom://AET@host:port, the same with dicom-tls://, or https://host/dicom-web. A password or a token for the latter comes from the
     environment, DICOMCAM_LOGIN=user:password or DICOMCAM_TOKEN, or with _FILE at the end from a file.
 
     \b
@@ -464,11 +468,12 @@ def fetch(source, most, port, aet, timeout, phi, out, **query):
     from dicomcam.archive import fetch as get, find, studies
     from dicomcam.text import write_csv
     folder = _place(out, folder=True)
-    table = find(source, _given(query), most, aet=aet, timeout=timeout)
+    side = dict(aet=aet, timeout=timeout, ca=ca, cert=cert, key=key)
+    table = find(source, _given(query), most, **side)
     if not len(table): raise ValueError(f'{source}: has 0 films of this kind.')
     there = studies(table).drop(columns=[] if phi else ['PatientID'])
     for line in there.to_string(index=False).splitlines(): _tell(line)
-    df = get(source, table, folder, phi=phi, aet=aet, timeout=timeout, port=port)
+    df = get(source, table, folder, phi=phi, port=port, **side)
     with whole(folder/'summary.csv') as part: write_csv(df, part)
     missing = df[[not (folder/o).exists() for o in df.fname]]
     for o in missing.itertuples(): _tell(f'{o.fname}: was not fetched: {o.error}', err=True)
@@ -480,14 +485,14 @@ def fetch(source, most, port, aet, timeout, phi, out, **query):
 @click.argument('files', nargs=-1, required=True, metavar='DICOM...')
 @click.option('--to', 'target', required=True, metavar='ADDRESS', help='As SOURCE of fetch.')
 @_network
-def send(files, target, aet, timeout):
+def send(files, target, **side):
     """Store DICOM files (files, folders or patterns) in an archive, each as it is, where the archive takes it so.
 
     \b
     Example: dicomcam send heatmaps --to https://archive.hospital/dicom-web
     """
     from dicomcam.archive import send as put
-    df = put(found_files(files), target, aet=aet, timeout=timeout)
+    df = put(found_files(files), target, **side)
     for name, status, error in df.fillna('').values: _tell(f'{name}: {error or status}', err=bool(error))
     _tell(f'{(df.status != "").sum()} of {len(df)} stored in {target}')
     if df.error.notna().any(): click.get_current_context().exit(1)
@@ -515,12 +520,10 @@ def _digest(model):
     help='Seconds after its last film when a study is answered.')
 @click.option('--keep', is_flag=True, help='Keep films after their answer.')
 @click.option('--phi', is_flag=True, help='Tell numbers of films and patients in the log.')
-@click.option('--tls-cert', metavar='FILE', help='This node\'s certificate, PEM: callers have to speak TLS then.')
-@click.option('--tls-key', metavar='FILE', help='Its key.')
-@click.option('--tls-callers', metavar='FILE', help='Certificates of the callers, or of who signs for them.')
+@click.option('--tls-callers', metavar='FILE',
+    help='Certificates of the callers, or of who signs for them: they have to speak TLS then.')
 @click.option('--queue', default='queue', show_default=True, help='Folder for what waits, of this node alone.')
-def serve(model, target, callers, queue, aet, timeout, method, smooth, layer, tls_cert, tls_key, tls_callers,
-    **options):
+def serve(model, target, callers, queue, aet, ca, cert, key, timeout, method, smooth, layer, tls_callers, **options):
     """A node that takes films by C-STORE, explains them by MODEL, and stores the answers in their studies: overlay,
     bright region, structured report. Research only, not for diagnostic use.
 
@@ -529,11 +532,11 @@ def serve(model, target, callers, queue, aet, timeout, method, smooth, layer, tl
     """
     from dicomcam.archive import peer
     from dicomcam.node import CallersTLS, FilmQueue, Node, serve as run
-    files = tls_cert, tls_key, tls_callers
+    files, encrypted = (cert, key, tls_callers), ca or target.lower().startswith(('dicom-tls:', 'https:'))
     if any(files) and not all(files):
         raise click.UsageError('TLS needs --tls-cert, --tls-key and --tls-callers.', click.get_current_context())
     tls = CallersTLS(*files) if all(files) else None
-    answers = peer(target, aet, timeout=timeout)
+    answers = peer(target, aet, timeout=timeout, **(dict(ca=ca, cert=cert, key=key) if encrypted else {}))
     _, maps, shown = _engine(model, method, smooth, layer, options['cls'], None)
     words = [*_digest(model), f'layer {shown}']
     run(Node(FilmQueue(queue), maps, answers, list(callers), words, aet, timeout=timeout, tls=tls, log=_tell,

@@ -21,6 +21,7 @@ from pydicom.datadict import keyword_for_tag, tag_for_keyword
 
 from .read import DicomError, read_dicom
 from .films import MAX_ANSWERS, PASSING, UIDS, Sent, decompressed, film_kind, status_text, with_header
+from .dimse import PeerTLS
 
 # %% ../nbs/api/36d_dicomweb.ipynb #a36f3da0
 def _secret(name):
@@ -52,7 +53,8 @@ def _told(peer):
     import requests
     try: yield
     except requests.exceptions.SSLError:
-        raise OSError(f'{peer}: its certificate is not trusted. REQUESTS_CA_BUNDLE=FILE trusts another.') from None
+        raise OSError(f'{peer}: its certificate is not believed (that of who signed it is to be named: --tls-ca), or '
+            'it does not believe that of this side (--tls-cert).') from None
     except requests.Timeout: raise ConnectionError(f'{peer}: was silent for {peer.timeout:g} seconds.') from None
     except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError):
         raise ConnectionError(f'{peer}: cannot be reached, or broke off in the middle.') from None
@@ -71,7 +73,8 @@ def _body(peer, response):
 
 def _ask(peer, method, path, **kwargs):
     "An answer (PS3.18 section 8): its code, its headers, what it holds."
-    with _told(peer), peer.session.request(method, peer.url+path, timeout=peer.timeout, stream=True, **kwargs) as r:
+    kwargs |= dict(timeout=peer.timeout, stream=True, verify=peer.tls and peer.tls.ca and str(peer.tls.ca))
+    with _told(peer), peer.session.request(method, peer.url+path, **kwargs) as r:
         if r.status_code in (401, 403):
             raise PermissionError(f'{peer}: does not let this side in (HTTP {r.status_code}). '
                 'DICOMCAM_TOKEN or DICOMCAM_LOGIN tells who asks.')
@@ -187,6 +190,7 @@ class WebPeer:
     url: str            # Where /studies begins
     timeout: float = 60 # Seconds that an answer may take
     max_bytes: int = 1<<30 # That an answer may have
+    tls: PeerTLS|None = None # Whom to believe, if not all that this machine does; who this side is
 
     def __str__(self): return self.url
 
@@ -196,6 +200,7 @@ class WebPeer:
         import requests
         session = requests.Session()
         session.auth = _login(self.url)
+        if self.tls and self.tls.cert: session.cert = (str(self.tls.cert), str(self.tls.key or self.tls.cert))
         return session
 
     def echo(self) -> None:

@@ -1,5 +1,5 @@
 "Archives: Debian's Orthanc where it is installed, and nodes that misbehave."
-import io, json, os, re, shutil, socket, subprocess, threading, time
+import io, json, os, re, shutil, socket, ssl, subprocess, threading, time
 from contextlib import contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from pydicom import uid
 
 pytest.importorskip('pynetdicom', reason='needs pynetdicom: pip install "dicomcam[network]"')
-from pynetdicom import AE, AllStoragePresentationContexts, evt
+from pynetdicom import AE, AllStoragePresentationContexts, build_context, evt
 
 from dicomcam.archive import fetch, find, peer, send
 from dicomcam.cli import main
@@ -334,6 +334,104 @@ def test_no_answer_is_lost(films, monkeypatch):
     with node(handing_out(films)) as address:
         for _ in range(3): assert len(find(address, most=100, timeout=5)) == len(films)
 
+# TLS
+
+@pytest.fixture(scope='session')
+def certificates(tmp_path_factory):
+    "A folder with certificates NAME.pem, their keys NAME.key"
+    if not shutil.which('openssl'): pytest.skip('openssl is not installed')
+    d = tmp_path_factory.mktemp('certificates')
+    for name, host in (('peer', 'IP:127.0.0.1'), ('me', 'IP:127.0.0.1'), ('other', 'IP:127.0.0.1'), ('elsewhere', 'DNS:elsewhere')):
+        subprocess.run(['openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:prime256v1', '-nodes', '-subj', f'/CN={name}',
+            '-addext', f'subjectAltName={host}', '-days', '2', '-keyout', d/f'{name}.key', '-out', d/f'{name}.pem'], check=True, capture_output=True)
+    return d
+
+@contextmanager
+def tls_node(certificates, name='peer', handlers=()):
+    "As `node`, with TLS, for who has the certificate `me`; its address"
+    ae = AE('PEER')
+    for o in (FIND, MOVE, GET, '1.2.840.10008.1.1'): ae.add_supported_context(o)
+    for o in AllStoragePresentationContexts: ae.add_supported_context(o.abstract_syntax, SYNTAXES, True, True)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=certificates/'me.pem')
+    context.load_cert_chain(certificates/f'{name}.pem', certificates/f'{name}.key')
+    context.verify_mode = ssl.CERT_REQUIRED
+    server = ae.start_server(('127.0.0.1', 0), block=False, evt_handlers=list(handlers), ssl_context=context)
+    try: yield f'dicom-tls://PEER@127.0.0.1:{server.server_address[1]}'
+    finally: server.shutdown()
+
+def as_who(certificates, name='me', ca='peer'): return dict(ca=certificates/f'{ca}.pem', cert=certificates/f'{name}.pem', key=certificates/f'{name}.key', timeout=10)
+
+def test_encrypted(films, certificates, tmp_path, monkeypatch):
+    "Sent, fetched by C-GET, and by C-MOVE, where the archive connects with TLS as well; by the commands too"
+    came, me, films = [], as_who(certificates), films[-4:]
+    def store(event):
+        came.append(event.dataset.SOPInstanceUID)
+        return 0
+    def move(event):
+        "The archive is the client now"
+        context = ssl.create_default_context(cafile=certificates/'me.pem')
+        context.load_cert_chain(certificates/'peer.pem', certificates/'peer.key')
+        ds = next(o for o in map(pydicom.dcmread, films) if o.SOPInstanceUID == event.identifier.SOPInstanceUID)
+        yield '127.0.0.1', ours, dict(contexts=[build_context(ds.SOPClassUID, ds.file_meta.TransferSyntaxUID)], tls_args=(context, '127.0.0.1'))
+        yield 1
+        yield 0xFF00, ds
+    ours = free_port()
+    with tls_node(certificates, handlers=[*handing_out(films), (evt.EVT_C_STORE, store), (evt.EVT_C_MOVE, move)]) as address:
+        assert set(send(films[:2], address, **ONE, **me).status) == {'stored'} and len(came) == 2
+        check_fetched(fetch(address, {}, tmp_path/'get', most=100, **ONE, **me), films, tmp_path/'get')
+        files = [o for k in ('ca', 'cert', 'key') for o in (f'--tls-{k}', str(me[k]))]
+        r = CliRunner().invoke(main, ['send', str(films[0]), '--to', address, *files])
+        assert r.exit_code == 0 and '1 of 1 stored' in r.output, r.output
+        r = CliRunner().invoke(main, ['fetch', address, '--max', '2', '--out', str(tmp_path/'command'), *files])
+        assert r.exit_code == 0 and '2 of 2 films' in r.output, r.output
+        monkeypatch.setattr('dicomcam.dimse._GET', '1.2.3')
+        check_fetched(fetch(address, find(address, most=100, **me), tmp_path/'move', port=ours, **ONE, **me), films, tmp_path/'move')
+        with pytest.raises(OSError) as e: fetch(address, find(address, most=100, **me), tmp_path/'none', port=ours, **ONE, **me|dict(key=None, cert=None))
+        one_line(e, 'certificate')
+
+@pytest.mark.parametrize('name, who, says', [
+    ('peer', dict(ca='other'), 'its certificate is not believed: self-signed certificate'),
+    ('elsewhere', dict(ca='elsewhere'), "certificate is not valid for '127.0.0.1'"),
+    ('peer', dict(name='other'), 'certificate of'), # refused, or cut off before it could say so
+])
+def test_wrong_certificate(name, who, says, films, certificates):
+    with tls_node(certificates, name) as address:
+        for work in (lambda **kw: find(address, most=1, **kw), lambda **kw: send(films[:1], address, **ONE, **kw)):
+            with pytest.raises(OSError) as e: work(**as_who(certificates, **who))
+            one_line(e, says, 'PEER@127.0.0.1')
+
+def test_no_certificate(films, certificates, tmp_path):
+    "None of this side, none that is one, of whom nothing encrypts, to whom does not, or who says nothing"
+    with tls_node(certificates) as address:
+        with pytest.raises(OSError) as e: find(address, most=1, ca=certificates/'peer.pem')
+        one_line(e, 'certificate of')
+        with pytest.raises(ConnectionError) as e: find(address.replace('-tls', ''), most=1, timeout=2)
+        one_line(e, 'does not answer as DICOM does')
+    (tmp_path/'no.pem').write_text('no certificate')
+    for wrong in (dict(ca=tmp_path/'no.pem'), dict(ca=tmp_path/'none.pem'), dict(cert=certificates/'me.pem', key=certificates/'other.key'), dict(key=certificates/'me.key')):
+        for address in ('dicom-tls://PEER@127.0.0.1:1', 'https://127.0.0.1:1'):
+            with pytest.raises(OSError) as e: find(address, most=1, **wrong)
+            one_line(e, 'no certificate', str([*wrong.values()][0]))
+    subprocess.run(['openssl', 'ec', '-in', certificates/'me.key', '-aes128', '-passout', 'pass:word', '-out', tmp_path/'locked.key'], check=True, capture_output=True)
+    with pytest.raises(OSError) as e: find('dicom-tls://PEER@127.0.0.1:1', most=1, cert=certificates/'me.pem', key=tmp_path/'locked.key')
+    one_line(e, 'locked.key') # and asks nobody for a password
+    with node() as address, pytest.raises(OSError) as e: find(address.replace('dicom', 'dicom-tls'), most=1, **as_who(certificates))
+    one_line(e, 'does not speak TLS')
+    with raw(lambda c: None) as address, pytest.raises(ConnectionError) as e: find(address.replace('dicom', 'dicom-tls'), most=1, **as_who(certificates)|dict(timeout=.5))
+    one_line(e, 'was silent for 0.5 seconds')
+    with pytest.raises(ValueError, match='is not encrypted'): find('dicom://PEER@127.0.0.1:1', most=1, **as_who(certificates))
+
+def test_encrypted_web(films, certificates, tmp_path):
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=certificates/'me.pem')
+    context.load_cert_chain(certificates/'peer.pem', certificates/'peer.key')
+    context.verify_mode = ssl.CERT_REQUIRED
+    with web(films[:2], context=context) as (address, _):
+        address = address.replace('http', 'https')
+        assert fetch(address, {}, tmp_path, most=1, **ONE, **as_who(certificates)).error.isna().all()
+        for who in (as_who(certificates, ca='other'), as_who(certificates, 'other')):
+            with pytest.raises(OSError) as e: find(address, most=1, **who)
+            one_line(e, address)
+
 def test_too_large(films, tmp_path):
     with node(handing_out(films[:1])) as address, pytest.raises(ConnectionError) as e: fetch(address, {}, tmp_path, most=1, max_bytes=2000, **ONE)
     one_line(e, 'sends more than')
@@ -355,7 +453,7 @@ def test_no_way_to_get(films, tmp_path):
 # DICOMweb that misbehaves
 
 @contextmanager
-def web(films, answer=lambda request, film: None):
+def web(films, answer=lambda request, film: None, context=None):
     "A DICOMweb service that has films; `answer` may answer in its stead: a code, or bytes of a film. Its address, and all requests"
     films, seen = [pydicom.dcmread(o) for o in films], []
     class Service(BaseHTTPRequestHandler):
@@ -381,6 +479,7 @@ def web(films, answer=lambda request, film: None):
             rows = [json.loads(o.to_json(bulk_data_threshold=0, bulk_data_element_handler=lambda _: 'x')) for o in here] if 'offset=0' in self.path else []
             self.reply(200, said or json.dumps(rows).encode(), 'application/dicom+json')
     with ThreadingHTTPServer(('127.0.0.1', 0), Service) as server:
+        if context: server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
         threading.Thread(target=server.serve_forever, args=[.02], daemon=True).start()
         yield f'http://127.0.0.1:{server.server_port}', seen
         server.shutdown()

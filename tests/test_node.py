@@ -12,9 +12,9 @@ pytest.importorskip('highdicom', reason='needs highdicom: pip install "dicomcam[
 from pynetdicom import AE, AllStoragePresentationContexts, build_context, evt
 
 from dicomcam.archive import fetch, find, peer, send
-from dicomcam.dimse import DicomPeer
-from dicomcam.node import CallersTLS, FilmQueue, Node, answer_films, listening, serve
-from test_network import films, free_port, orthanc
+from dicomcam.dimse import CallersTLS, DicomPeer, PeerTLS
+from dicomcam.node import FilmQueue, Node, answer_films, listening, serve
+from test_network import certificates, films, free_port, orthanc
 
 KINDS = {'OT', 'SEG', 'SR'} # of an answer: picture, region, report
 
@@ -133,30 +133,18 @@ def test_who_may_send(films, tmp_path):
         sender(port).echo()
     assert not node.queue.films()
 
-@pytest.mark.skipif(not shutil.which('openssl'), reason='openssl is not installed')
-def test_tls(films, tmp_path):
+def test_tls(films, certificates, tmp_path):
     "Callers whose certificate is listed are heard; others, those who say nothing, and those without TLS are not, and hold up nobody"
-    import ssl
-    for name in ('node', 'me', 'other'):
-        subprocess.run(['openssl', 'req', '-x509', '-newkey', 'rsa:2048', '-nodes', '-subj', f'/CN={name}', '-addext', 'subjectAltName=IP:127.0.0.1', '-days', '2',
-            '-keyout', tmp_path/f'{name}.key', '-out', tmp_path/f'{name}.pem'], check=True, capture_output=True)
-    node = a_node(tmp_path/'queue', tls=CallersTLS(tmp_path/'node.pem', tmp_path/'node.key', tmp_path/'me.pem'), timeout=10)
-    def stored(port, name):
-        context = ssl.create_default_context(cafile=tmp_path/'node.pem')
-        context.load_cert_chain(tmp_path/f'{name}.pem', tmp_path/f'{name}.key')
-        ae = AE('ME')
-        ae.acse_timeout = 10
-        ae.requested_contexts = [build_context(pydicom.dcmread(films[0]).SOPClassUID, uid.JPEGBaseline8Bit)]
-        assoc = ae.associate('127.0.0.1', port, ae_title='DICOMCAM', tls_args=(context, '127.0.0.1'))
-        if not assoc.is_established: return None
-        status = assoc.send_c_store(pydicom.dcmread(films[0])).Status
-        assoc.release()
-        return status
+    log, files = [], [certificates/o for o in ('peer.pem', 'peer.key', 'me.pem')]
+    node = a_node(tmp_path/'queue', log=log, tls=CallersTLS(*files), timeout=10)
+    def stored(port, name): return {o.status for o in sender(port, tls=PeerTLS(files[0], certificates/f'{name}.pem', certificates/f'{name}.key')).put(films[:1])}
     with listening(node) as port, socket.create_connection(('127.0.0.1', port)): # who says nothing
-        assert stored(port, 'other') is None and not node.queue.films()
+        with pytest.raises(OSError, match='certificate of'): stored(port, 'other')
+        assert not node.queue.films()
         with pytest.raises(ConnectionError): sender(port, timeout=1).echo()
-        assert stored(port, 'me') == 0 and len(node.queue.films()) == 1
-    with pytest.raises(OSError, match='no certificate'): CallersTLS(tmp_path/'node.pem', tmp_path/'me.key', tmp_path/'me.pem')
+        assert stored(port, 'me') == {'stored'} and len(node.queue.films()) == 1
+    assert sum('refused a caller' in o for o in log) == 2
+    with pytest.raises(OSError, match='no certificate'): CallersTLS(files[0], certificates/'me.key', files[2])
 
 def test_what_is_not_taken(films, tmp_path):
     "Another film of the same number, no room, too large: told, not acknowledged, and nothing stays"
