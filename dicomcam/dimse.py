@@ -55,7 +55,7 @@ class CallersTLS:
 class PeerTLS:
     "TLS with a peer that is known by its certificate. Raises OSError for files that do not hold such."
     def __init__(self,
-        ca:str|Path|None=None,   # Certificate of the peer, or of who signs for it, PEM; None: whom this machine believes
+        ca:str|Path|None=None,   # The peer's certificate, or that of who signs for it; None: whom all here believe
         cert:str|Path|None=None, # This side's, for a peer that asks for one
         key:str|Path|None=None,  # Its key
     ):
