@@ -459,8 +459,9 @@ _network = _options(
 def fetch(source, most, port, aet, ca, cert, key, timeout, phi, out, **query):
     """Films of an archive, as they are kept there, and summary.csv, a table of them.
 
-    SOURCE is dicom://AET@host:port, the same with dicom-tls://, or https://host/dicom-web. A password or a token for the latter comes from the
-    environment, DICOMCAM_LOGIN=user:password or DICOMCAM_TOKEN, or with _FILE at the end from a file.
+    SOURCE is dicom://AET@host:port, the same with dicom-tls://, or https://host/dicom-web. A password or a token for
+    the latter comes from the environment, DICOMCAM_LOGIN=user:password or DICOMCAM_TOKEN, or with _FILE at the end
+    from a file.
 
     \b
     Example: dicomcam fetch dicom://PACS@10.0.0.1:104 --modality DX --date 20240101-20240131 --out films
