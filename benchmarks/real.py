@@ -266,9 +266,9 @@ def questions(films, read):
     rows['the label, by mean vertical step alone'] = auc(films, is_positive(films), 'step')
     return rows
 
-def share(values, group):
+def share(values, group, hits=False):
     "Mean with its interval by patient."
-    mean, low, high = mean_interval(values.to_numpy(), group=group)
+    mean, low, high = mean_interval(values.to_numpy(), group=group, hits=hits)
     return dict(value=float(mean), low=float(low), high=float(high), n=len(values))
 
 def localized(values, patient, sets):
@@ -277,11 +277,12 @@ def localized(values, patient, sets):
     others = 'prior', 'centre', 'edges', 'noise', 'chosen', 'chosen x prior'
     for name, here in sets.items():
         part, group = values[here], patient[here].to_numpy()
-        table += [dict(films=name, map=m, layer=layer, measure=what, **share(part[m, layer, what], group)) for m, layer, what in part]
+        table += [dict(films=name, map=m, layer=layer, measure=what, **share(part[m, layer, what], group, what == 'pointing')) for m, layer, what in part]
         judged = [o for o in part.columns.unique('map') if o.startswith('chosen')]
         for a, b in ((a, b) for a in judged for b in others if a != b and b in part.columns.unique('map')):
             for what in part[a, ''].columns:
-                difference = paired_difference(part[a, '', what].to_numpy(), part[b, '', what].to_numpy(), group)
+                difference = paired_difference(part[a, '', what].to_numpy(), part[b, '', what].to_numpy(), group,
+                    hits=what == 'pointing')
                 pairs.append(dict(films=name, map=a, less=b, measure=what, **difference))
     return pd.DataFrame(table), pd.DataFrame(pairs)
 

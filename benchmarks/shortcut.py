@@ -97,7 +97,7 @@ def row(r, args, train, test, both):
     effects, tables = [both.effects(model) for model in models], {}
     def mean(tables, measure): # over the seeds, then over the films
         values = np.mean([o[measure].to_numpy() for o in tables], 0)
-        return [float(o) for o in mean_interval(values, group=both.patient)]
+        return [float(o) for o in mean_interval(values, group=both.patient, hits=measure == 'pointing')]
     for what in both.without:
         runs = {layer: [o[what][o[what].layer == layer] for o in effects] for layer in LAYERS}
         figures[f'log-odds owed to the {what}'] = mean(runs['2'], 'log_odds')

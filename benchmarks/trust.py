@@ -148,7 +148,7 @@ def hits(parts, name):
     rows = [(seed, f'{on} {o["called"].group[i]}', o['values'][(*name(seed), 'pointing')][i]) for (seed, on), o in parts.items() for i in o['values'].index]
     return pd.DataFrame(rows, columns=['seed', 'group', 'hit'])
 
-def row(values, group): return dict(zip(('value', 'low', 'high', 'n'), (*mean_interval(values.to_numpy(), group=group.to_numpy()), len(values))))
+def row(hits, group): return dict(zip(('value', 'low', 'high', 'n'), (*mean_interval(hits.to_numpy(), group=group.to_numpy(), hits=True), len(hits))))
 
 def pointing(parts, name):
     "The pointing game of a map, by seed and of all; of each baseline; and how much the map is ahead, with the interval and p of the pairs."
@@ -157,7 +157,7 @@ def pointing(parts, name):
     for b in BASELINES:
         o = hits(parts, lambda seed: (b, ''))
         res[b] = row(o.hit, o.group)
-        res[f'ahead of {b}'] = paired_difference(h.hit, o.hit, h.group)
+        res[f'ahead of {b}'] = paired_difference(h.hit, o.hit, h.group, hits=True)
     return res
 
 def trust_rows(parts, name, which=None, found=True):

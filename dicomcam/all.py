@@ -34,10 +34,13 @@ from dicomcam.trust import *
 from dicomcam.choice import *
 from dicomcam.froc import *
 from dicomcam.protocols import *
-from dicomcam.passport import *
 from dicomcam.repeat import *
 from dicomcam.causal import *
 from dicomcam.absolute import *
+from dicomcam.figures import *
+from dicomcam.measured import *
+from dicomcam.verdict import *
+from dicomcam.passport import *
 from dicomcam.share import *
 from dicomcam.evidence import *
 from dicomcam.team import *

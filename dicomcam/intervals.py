@@ -91,14 +91,19 @@ def _variance(errors):
     return (errors**2).sum()/len(errors)/(len(errors)-1)
 
 # %% ../nbs/api/21_intervals.ipynb #ac80cc7e
+def _spread(values):
+    "How far chances of a hit scatter, with two hits and two misses more: 1 as hits and misses do, less where some tie."
+    more = np.r_[np.asarray(values, float), 0, 0, 1, 1]
+    return more.var()/more.mean()/(1-more.mean())
+
 def _share_ends(values, share, errors):
     "The interval of a share, of values in [0, 1] and from what `_by_patient` gives of them."
     n, patients = len(values), len(errors)
     if share in (0, 1): return tuple(map(float, _exact(int(share), patients)))
     if patients < 2: return np.nan, np.nan
-    worth = min(n, np.var(values)*n/(n-1)/max(_variance(errors), 1e-12))
+    alike = max(1, _variance(errors)*(n-1)/max(np.var(values), 1e-12)) # images of a patient
     few = student.ppf(.975, n-1)/student.ppf(.975, patients-1)
-    return tuple(map(float, _wilson(share, worth*few**2)))
+    return tuple(map(float, _wilson(share, n/alike/_spread(values)*few**2)))
 
 def proportion_interval(
     hits:ndarray,       # (n,) bool, one an image, or a list: is it a hit?
@@ -114,9 +119,10 @@ def proportion_interval(
 # %% ../nbs/api/21_intervals.ipynb #6e68f215
 def _within_one(values): return bool(((values >= 0) & (values <= 1)).all())
 
-def _mostly_hits(values):
-    "Are they hits and misses, but for a few that lie between?"
-    return _within_one(values) and 2*np.isin(values, (0, 1)).sum() >= values.size
+def _are_hits(values, said):
+    "Is it a share of hits? Yes, where that is said, and where there is nothing but hits and misses."
+    if said and not _within_one(values): raise ValueError('A hit is 1, a miss 0, and a chance of a hit lies between.')
+    return said or bool(np.isin(values, (0, 1)).all())
 
 def _unskewed(mean, errors):
     "Hall's interval of a mean, from what `_by_patient` gives."
@@ -131,13 +137,15 @@ def mean_interval(
     n:int=None,         # Of no effect: nothing is drawn any more
     seed:int=None,      # Of no effect
     group:ndarray=None, # (n,) whose image it is; None: each image is a patient of its own
+    hits:bool=False,    # Is each a hit, a miss, or the chance of a hit? Where all are 0 or 1, that goes without saying
 ) -> tuple:             # Mean, low, high; NaN where nothing is known
     """Mean of one value an image, and its 95 % interval by patient: Hall's for skewed values (1992, Journal of the
-    Royal Statistical Society B 54, 221-228), within 0 and 1 where all values are; where at least half are 0 or 1, that
-    of `proportion_interval`, which is then too wide rather than too narrow."""
+    Royal Statistical Society B 54, 221-228), within 0 and 1 where all values are; of hits that of
+    `proportion_interval`, a chance between 0 and 1 counting for what it scatters less (as Agresti and Coull 1998, with
+    two hits and two misses more). Raises ValueError for hits outside of 0 and 1."""
     values = np.asarray(values, float)
     mean, _, errors = _by_patient(values, group)
-    if _mostly_hits(values): return mean, *_share_ends(values, mean, errors)
+    if _are_hits(values, hits): return mean, *_share_ends(values, mean, errors)
     ends = np.array(_unskewed(mean, errors))
     if _within_one(values): ends = ends.clip(0, 1)
     return mean, *map(float, ends)
@@ -156,16 +164,17 @@ def paired_difference(
     b:ndarray,          # Likewise, of the same images
     group:ndarray=None, # (n,) whose image it is; None: each image is a patient of its own
     seed:int=42,        # Of the signs, where there are more than twelve patients
+    hits:bool=False,    # As for `mean_interval`
 ) -> dict:              # value (mean of a-b), low, high (95 %), p (two-sided)
-    """Is `a` larger than `b` on the same images? Mean difference; its interval by patient, that of Bonett and Price
-    (2012) where at least half of the values are hits and misses, else Hall's (1992); p of the sign-flip test by
-    patient. Raises ValueError where they differ in number."""
+    """Is `a` larger than `b` on the same images? Mean difference; its interval by patient, of hits that of Bonett and
+    Price (2012), else Hall's (1992); p of the sign-flip test by patient. Raises ValueError where they differ in
+    number."""
     a, b = np.asarray(a, float), np.asarray(b, float)
     if a.shape != b.shape: raise ValueError(f'{len(a)} values and {len(b)}: give both of the same images.')
     who = np.arange(len(a)) if group is None else pd.factorize(np.asarray(group))[0]
     mean, sums, errors = _by_patient(a-b, who)
     low, high = _unskewed(mean, errors)
-    if len(a) and _mostly_hits(np.array([a, b])):
+    if len(a) and _are_hits(np.array([a, b]), hits):
         middle, _, errors = _by_patient([*(a-b), 1, -1], [*who, -1, -2])
         arm = student.ppf(.975, len(errors)-1)*np.sqrt(_variance(errors))
         low, high = np.clip([middle-arm, middle+arm], -1, 1)

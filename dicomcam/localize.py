@@ -93,6 +93,8 @@ def group_of_rows(
     return None if group is None else np.asarray(group)[values.index]
 
 # %% ../nbs/api/30_localize.ipynb #faaf0285
+_HITS = 'pointing' # the measure that is a share of hits, not a mean of shares
+
 def mean_of_measures(
     values:pd.DataFrame, # From `measures_by_image`
     group=None,          # Whose image it is, a row; None: each is a patient of its own
@@ -101,8 +103,8 @@ def mean_of_measures(
     rows = []
     for k in values:
         known = values[k].notna().to_numpy()
-        whose = None if group is None else np.asarray(group)[known]
-        rows.append((*mean_interval(values[k].to_numpy()[known], group=whose), int(known.sum())))
+        whose, hits = None if group is None else np.asarray(group)[known], k[-1] == _HITS
+        rows.append((*mean_interval(values[k].to_numpy()[known], group=whose, hits=hits), int(known.sum())))
     return pd.DataFrame(rows, index=values.columns, columns=['mean', 'low', 'high', 'n'])
 
 def localization(
@@ -196,7 +198,8 @@ def paired(
     a, b = _columns(values, a), _columns(values, b)
     def row(m):
         both = (a[m].notna() & b[m].notna()).to_numpy()
-        return paired_difference(a[m][both], b[m][both], None if group is None else np.asarray(group)[both])
+        whose = None if group is None else np.asarray(group)[both]
+        return paired_difference(a[m][both], b[m][both], whose, hits=m == _HITS)
     rows = {m: row(m) for m in a if m in b}
     return pd.DataFrame.from_dict(rows, 'index', columns=['value', 'low', 'high', 'p']).rename_axis('measure')
 

@@ -31,7 +31,8 @@ from .layers import first_fine
 from .heatmaps import nothing_speaks, read_mask
 from .attribution import attribute, attribution
 from .pictures import heat_uri, outline_path, photo_uri, plot_uri
-from .passport import Passport, as_findings, html_page, passport_values, readable_predictions
+from .measured import as_findings, passport_values, readable_predictions
+from .passport import Passport, html_page
 
 # %% ../nbs/api/34_report.ipynb #d2f51d21
 def _origin(learn, df):

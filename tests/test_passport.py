@@ -5,15 +5,18 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from click.testing import CliRunner
 
-from dicomcam import passport as passport_, report as report_
+from dicomcam import measured as measured_, report as report_
 from dicomcam.batches import dicom_dls
 from dicomcam.cli import main
 from dicomcam.data import lesion_mask
+from dicomcam.figures import FIGURES, published
 from dicomcam.labels import label_table
+from dicomcam.measured import as_findings, readable_predictions
 from dicomcam.models import save_model
-from dicomcam.passport import FIGURES, Passport, as_findings, judged, passport, passport_values, published, readable_predictions
+from dicomcam.passport import Passport, passport, passport_values
 from dicomcam.report import report
 from dicomcam.scale import HeatScale
+from dicomcam.verdict import judged
 from tiny import make_tiny
 
 def values_of(n=40, **figures):
@@ -150,12 +153,12 @@ def test_folds_are_joined(tiny_learner, folder, values):
 
 def test_one_film_at_a_time(tiny_learner, folder, monkeypatch):
     "However many films there are"
-    seen, before = [], passport_.attribute
+    seen, before = [], measured_.attribute
     def attribute(learn, items, *args, **kw):
         h = before(learn, items, *args, **kw)
         seen.append(len(h))
         return h
-    monkeypatch.setattr(passport_, 'attribute', attribute)
+    monkeypatch.setattr(measured_, 'attribute', attribute)
     passport_values(tiny_learner, label_table(folder).iloc[:8], folder, faithful=1)
     assert len(seen) > 4 and set(seen) == {1}
 
@@ -163,9 +166,9 @@ def test_where_lesions_usually_are_is_never_of_the_same_patient(tiny_learner, fo
     "Of a model that knows no training film the prior is the mean lesion of the other patients here"
     films = pd.DataFrame(dict(file=list('abc'), patient=['x', 'x', 'y']))
     masks = {o: np.eye(64, k=10*i) > 0 for i, o in enumerate('abc')}
-    prior_of = passport_._priors(masks.get, films)
-    assert prior_of('x').n == 1 and prior_of('y').n == 2 and np.allclose(prior_of('x').grid, passport_.lesion_prior([masks['c']]).grid)
-    assert passport_._priors(masks.get, films.iloc[:2])('x') is None
+    prior_of = measured_._priors(masks.get, films)
+    assert prior_of('x').n == 1 and prior_of('y').n == 2 and np.allclose(prior_of('x').grid, measured_.lesion_prior([masks['c']]).grid)
+    assert measured_._priors(masks.get, films.iloc[:2])('x') is None
 
 def test_healthy_films_are_looked_at_on_a_scale(folder):
     from dicomcam.choice import chosen
