@@ -9,9 +9,11 @@ __all__ = ['NOT_DIAGNOSTIC', 'save_sr']
 
 # %% ../nbs/api/32b_evidence.ipynb #8f90f0ef
 import warnings
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 from pydicom import uid
 from pydicom.dataset import Dataset
 
@@ -40,22 +42,35 @@ def _algorithm(method, model):
     from highdicom.sr import AlgorithmIdentification
     return AlgorithmIdentification(f'dicomcam {_word(method)}', __version__, [*map(_word, model), NOT_DIAGNOSTIC])
 
-def _region(seg, finding, probability, algorithm):
-    "The finding: where it is, what it is called, how probable it is (TID 1410)."
-    from highdicom import UID
-    from highdicom.sr import (Measurement, PlanarROIMeasurementsAndQualitativeEvaluations,
-        ReferencedSegmentationFrame, SourceImageForSegmentation, TrackingIdentifier)
-    from pydicom.sr.codedict import codes
-    film, number = _source(seg), seg.SourceImageSequence[0].get('ReferencedFrameNumber')
-    source = SourceImageForSegmentation(film.SOPClassUID, film.SOPInstanceUID, number and [int(number)])
+def _segment(seg, film, frames):
+    "The finding's region: the segmentation."
+    from highdicom.sr import ReferencedSegmentationFrame, SourceImageForSegmentation
+    source = SourceImageForSegmentation(film.SOPClassUID, film.SOPInstanceUID, frames)
     frame = ReferencedSegmentationFrame(seg.SOPClassUID, seg.SOPInstanceUID, 1, 1, source)
     del frame[0].ReferencedSOPSequence[0].ReferencedFrameNumber # frame or segment, not both: PS3.3 table C.18.4-1
-    value = Measurement(codes.DCM.Probability, probability, codes.UCUM.NoUnits)
-    return PlanarROIMeasurementsAndQualitativeEvaluations(TrackingIdentifier(UID(), finding),
-        referenced_segment=frame, finding_type=codes.SCT.SpatialAndRelationalConcept, algorithm_id=algorithm,
-        measurements=[value])
+    return frame
 
-def _report(region, comment):
+def _box(seg, film, frames):
+    "The finding's region: the box around all of the segmentation, at the outer edges of its pixels."
+    from highdicom.sr import ImageRegion, SourceImageForRegion
+    ys, xs = seg.pixel_array.squeeze().nonzero()
+    x0, y0, x1, y1 = xs.min(), ys.min(), xs.max()+1, ys.max()+1
+    corners = np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1], [x0, y0]])
+    return ImageRegion('POLYLINE', corners, SourceImageForRegion(film.SOPClassUID, film.SOPInstanceUID, frames))
+
+def _groups(seg, finding, probability, algorithm):
+    "The finding: where it is, what it is called, how probable it is (TID 1410); then, once more, where it is."
+    from highdicom.sr import Measurement, PlanarROIMeasurementsAndQualitativeEvaluations, TrackingIdentifier
+    from pydicom.sr.codedict import codes
+    film, number = _source(seg), seg.SourceImageSequence[0].get('ReferencedFrameNumber')
+    frames, tracked = number and [int(number)], TrackingIdentifier(uid.generate_uid(), finding)
+    value = Measurement(codes.DCM.Probability, probability, codes.UCUM.NoUnits)
+    group = partial(PlanarROIMeasurementsAndQualitativeEvaluations, tracked,
+        finding_type=codes.SCT.SpatialAndRelationalConcept, algorithm_id=algorithm)
+    return [group(referenced_segment=_segment(seg, film, frames), measurements=[value]),
+        group(referenced_region=_box(seg, film, frames))]
+
+def _report(groups, comment):
     "TID 1500, with a comment at its end."
     from highdicom.sr import (DeviceObserverIdentifyingAttributes, MeasurementReport, ObservationContext,
         ObserverContext, TextContentItem)
@@ -63,7 +78,7 @@ def _report(region, comment):
     device = DeviceObserverIdentifyingAttributes(uid.generate_uid(entropy_srcs=['dicomcam']), 'dicomcam', 'dicomcam',
         'dicomcam')
     context = ObservationContext(observer_device_context=ObserverContext(codes.DCM.Device, device))
-    report = MeasurementReport(context, codes.SCT.ImagingProcedure, [region],
+    report = MeasurementReport(context, codes.SCT.ImagingProcedure, groups,
         title=codes.DCM.ImagingMeasurementReport)
     report[0].ContentSequence.append(TextContentItem(codes.DCM.Comment, comment, 'CONTAINS'))
     return report
@@ -86,8 +101,8 @@ def save_sr(
     comment = f'{NOT_DIAGNOSTIC}. {finding}: probability {probability:.2f}, dicomcam {__version__}, {_word(method)}'
     with dicom_errors(str(seg), 'reported'), warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning) # of names of one component only: they are as the film has them
-        group = _region(region, finding, probability, _algorithm(method, model))
-        sr = ComprehensiveSR([_source(region), region], _report(group, comment), series_instance_uid=uid.generate_uid(),
+        groups = _groups(region, finding, probability, _algorithm(method, model))
+        sr = ComprehensiveSR([_source(region), region], _report(groups, comment), series_instance_uid=uid.generate_uid(),
             series_number=9003, sop_instance_uid=uid.generate_uid(), instance_number=1, manufacturer='dicomcam',
             manufacturer_model_name='dicomcam', software_versions=__version__, device_serial_number='none',
             series_description=f'Not for diagnostic use: {finding} {probability:.2f}'[:64])

@@ -258,6 +258,16 @@ def _name_source(seg, src, sop_class):
         if _has_frames(src): ref.ReferencedFrameNumber = 1
     seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence[0].ReferencedSOPClassUID = sop_class
 
+# %% ../nbs/api/32_objects.ipynb #fa3d250c
+def _lies_as_shown(seg, src):
+    "Say how a film without a place lies, as viewers take it to lie."
+    measures, plane = _carry(Dataset(), src, ['PixelSpacing']), Dataset()
+    if 'PixelSpacing' not in measures: return
+    measures.SliceThickness, plane.ImageOrientationPatient = 1, [1, 0, 0, 0, 1, 0]
+    shared = seg.SharedFunctionalGroupsSequence[0]
+    shared.PixelMeasuresSequence = [_carry(measures, src, ['SliceThickness'])]
+    shared.PlaneOrientationSequence = [_carry(plane, src, ['ImageOrientationPatient'])]
+
 # %% ../nbs/api/32_objects.ipynb #fc33cdcf
 def save_seg(
     h:Heatmaps,   # Of DICOM files
@@ -288,6 +298,7 @@ def save_seg(
     if 'FrameOfReferenceUID' not in seg:
         seg.PatientOrientation = ''
         _carry(seg, src, ['PatientOrientation'])
+        _lies_as_shown(seg, src)
     _name_source(seg, src, sop_class)
     with whole(fn) as part: seg.save_as(part)
     return Path(fn)
