@@ -102,8 +102,9 @@ def save_sr(
     with dicom_errors(str(seg), 'reported'), warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning) # of names of one component only: they are as the film has them
         groups = _groups(region, finding, probability, _algorithm(method, model))
-        sr = ComprehensiveSR([_source(region), region], _report(groups, comment), series_instance_uid=uid.generate_uid(),
-            series_number=9003, sop_instance_uid=uid.generate_uid(), instance_number=1, manufacturer='dicomcam',
+        sr = ComprehensiveSR([_source(region), region], _report(groups, comment),
+            series_instance_uid=uid.generate_uid(), series_number=9003, sop_instance_uid=uid.generate_uid(),
+            instance_number=1, manufacturer='dicomcam',
             manufacturer_model_name='dicomcam', software_versions=__version__, device_serial_number='none',
             series_description=f'Not for diagnostic use: {finding} {probability:.2f}'[:64])
     sr.SpecificCharacterSet = 'ISO_IR 192'

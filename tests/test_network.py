@@ -554,8 +554,9 @@ def test_report_of_a_finding(folder, tiny_learner, tmp_path):
     text = fn.read_bytes()
     for o in (film.SOPInstanceUID, pydicom.dcmread(seg).SOPInstanceUID, 'm.safetensors', 'sha256 0a1b', 'NOT FOR DIAGNOSTIC USE', '0.123'): assert o.encode() in text
     assert (sr.CompletionFlag, sr.VerificationFlag) == ('PARTIAL', 'UNVERIFIED')
-    group, = sr.content.get_planar_roi_measurement_groups()
-    assert group.finding_type.value == '309825002' and len(group.get_measurements()) == 1
+    region, box = sr.content.get_planar_roi_measurement_groups()
+    assert region.finding_type.value == '309825002' and len(region.get_measurements()) == 1
+    assert box.tracking_uid == region.tracking_uid and box.roi.GraphicType == 'POLYLINE' # OHIF shows a report by its shapes
     for tool in ('dciodvfy', 'dsrdump'):
         if shutil.which(tool):
             r = subprocess.run([tool, fn], capture_output=True, text=True)
