@@ -42,6 +42,7 @@ from dicomcam.measured import *
 from dicomcam.verdict import *
 from dicomcam.passport import *
 from dicomcam.share import *
+from dicomcam.apart import *
 from dicomcam.evidence import *
 from dicomcam.team import *
 from dicomcam.folder import *

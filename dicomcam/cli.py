@@ -505,6 +505,12 @@ def _digest(model):
     if not Path(model).is_file(): return [f'model {model}']
     return [f'model {Path(model).name}', f'sha256 {hashlib.sha256(Path(model).read_bytes()).hexdigest()[:48]}']
 
+def _explainer(model, method, smooth, layer, cls, words):
+    "What explains files, and by what layer it does. Raises ValueError for another model than `words` tell."
+    if _digest(model) != words: raise ValueError(f'{model}: is not the same any more. Start the node anew.')
+    _, maps, shown = _engine(model, method, smooth, layer, cls, None)
+    return maps, shown
+
 @main.command()
 @click.argument('model')
 @click.option('--to', 'target', required=True, metavar='ADDRESS', help='Where answers go, as SOURCE of fetch.')
@@ -519,18 +525,29 @@ def _digest(model):
 @click.option('--class', 'cls', help='Class to explain; by default the likeliest of each film.')
 @click.option('--quiet', default=5., show_default=True, type=click.FloatRange(0),
     help='Seconds after its last film when a study is answered.')
+@click.option('--limit', default=120., show_default=True, type=click.FloatRange(1),
+    help='Seconds that explaining a film, or up to 16 together, may take. One that takes longer gets no answer.')
+@click.option('--max-film', default=256, show_default=True, type=click.IntRange(1), help='MB that a film may have.')
+@click.option('--max-pdu', default=1024, show_default=True, type=click.IntRange(16),
+    help='KB that one message of the protocol may have.')
+@click.option('--associations', 'most', default=8, show_default=True, type=click.IntRange(1),
+    help='Associations at a time; more are refused.')
+@click.option('--free', default=1024, show_default=True, type=click.IntRange(0),
+    help='MB that stay free on the disk of the queue: no film is taken that needs them.')
 @click.option('--keep', is_flag=True, help='Keep films after their answer.')
 @click.option('--phi', is_flag=True, help='Tell numbers of films and patients in the log.')
 @click.option('--tls-callers', metavar='FILE',
     help='Certificates of the callers, or of who signs for them: they have to speak TLS then.')
 @click.option('--queue', default='queue', show_default=True, help='Folder for what waits, of this node alone.')
-def serve(model, target, callers, queue, aet, ca, cert, key, timeout, method, smooth, layer, tls_callers, **options):
+def serve(model, target, callers, queue, aet, ca, cert, key, timeout, method, smooth, layer, tls_callers, limit, free,
+    max_film, max_pdu, **options):
     """A node that takes films by C-STORE, explains them by MODEL, and stores the answers in their studies: overlay,
     bright region, structured report. Research only, not for diagnostic use.
 
     \b
     Example: dicomcam serve model.safetensors --from PACS --to dicom://PACS@127.0.0.1:4242
     """
+    from dicomcam.apart import Apart
     from dicomcam.archive import peer
     from dicomcam.node import CallersTLS, FilmQueue, Node, serve as run
     files, encrypted = (cert, key, tls_callers), ca or target.lower().startswith(('dicom-tls:', 'https:'))
@@ -538,10 +555,11 @@ def serve(model, target, callers, queue, aet, ca, cert, key, timeout, method, sm
         raise click.UsageError('TLS needs --tls-cert, --tls-key and --tls-callers.', click.get_current_context())
     tls = CallersTLS(*files) if all(files) else None
     answers = peer(target, aet, timeout=timeout, **(dict(ca=ca, cert=cert, key=key) if encrypted else {}))
-    _, maps, shown = _engine(model, method, smooth, layer, options['cls'], None)
-    words = [*_digest(model), f'layer {shown}']
-    run(Node(FilmQueue(queue), maps, answers, list(callers), words, aet, timeout=timeout, tls=tls, log=_tell,
-        **options))
+    words = _digest(model)
+    apart = Apart(partial(_explainer, model, method, smooth, layer, options['cls'], words), limit)
+    _tell(f'Heatmaps of layer {apart.start()}')
+    run(Node(FilmQueue(queue, free<<20), apart, answers, list(callers), words, aet, timeout=timeout, tls=tls,
+        max_bytes=max_film<<20, max_pdu=max_pdu<<10, log=_tell, **options))
 
 # %% ../nbs/api/37_cli.ipynb #c102cda7
 @main.command()

@@ -78,16 +78,15 @@ def _distrust(e):
     return f'does not speak TLS as this side does ({e.reason})'
 
 # %% ../nbs/api/36c_dimse.ipynb #36c25b7a
-_MOST_PDU = 1<<20 # bytes of one message of the protocol; we ask for far smaller ones
-
 class Guard:
     "Watches over connections: nothing waits longer than `seconds`, no answer grows beyond `most` bytes."
     def __init__(self,
         seconds:float, # That the next bytes may take
         most:int,      # Bytes that may come until `n` is set to 0
         tls:PeerTLS|None=None, # For connections that go out
+        most_pdu:int=1<<20, # Bytes of one message of the protocol; we ask for far smaller ones
     ):
-        self.seconds, self.most, self.tls = seconds, most, tls
+        self.seconds, self.most, self.tls, self.most_pdu = seconds, most, tls, most_pdu
         self.n, self.open, self.why, self.distrust = 0, [], '', ''
 
     def wrap_socket(self, raw, **kwargs):
@@ -116,7 +115,7 @@ class Guard:
         "Read `n` bytes of what `plain` reads."
         if hasattr(socket, 'TCP_QUICKACK'): raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1) # for that, too
         self.n += n
-        if self.n > self.most or n > _MOST_PDU:
+        if self.n > self.most or n > self.most_pdu:
             self.why = f'sends more than {min(self.most, self.n):,} bytes at once'
             raise OSError(self.why)
         return self.heard(plain, n)

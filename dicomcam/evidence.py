@@ -25,7 +25,7 @@ from .read import dicom_errors, read_dicom
 # %% ../nbs/api/32b_evidence.ipynb #887112ae
 NOT_DIAGNOSTIC = 'Research only. NOT FOR DIAGNOSTIC USE'
 
-def _word(text): return for_terminal(text)[:64].replace('\\', '/')
+def _word(text, most=64): return for_terminal(text)[:most].replace('\\', '/')
 
 def _source(seg):
     "What highdicom has to know of the film that was segmented."
@@ -40,7 +40,8 @@ def _source(seg):
 def _algorithm(method, model):
     "By what it was found: program, version, and what else it takes to find it again."
     from highdicom.sr import AlgorithmIdentification
-    return AlgorithmIdentification(f'dicomcam {_word(method)}', __version__, [*map(_word, model), NOT_DIAGNOSTIC])
+    more = [*(_word(o, 200) for o in model), NOT_DIAGNOSTIC]
+    return AlgorithmIdentification(f'dicomcam {_word(method)}', __version__, more)
 
 def _segment(seg, film, frames):
     "The finding's region: the segmentation."

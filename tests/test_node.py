@@ -11,6 +11,8 @@ pytest.importorskip('pynetdicom', reason='needs pynetdicom: pip install "dicomca
 pytest.importorskip('highdicom', reason='needs highdicom: pip install "dicomcam[dicom]"')
 from pynetdicom import AE, AllStoragePresentationContexts, build_context, evt
 
+import aside
+from dicomcam.apart import Apart
 from dicomcam.archive import fetch, find, peer, send
 from dicomcam.dimse import CallersTLS, DicomPeer, PeerTLS
 from dicomcam.node import FilmQueue, Node, answer_films, listening, serve
@@ -204,7 +206,130 @@ def test_a_film_that_ends_the_process(films, tmp_path):
             try: answer_films(node)
             except SystemExit: ends += 1
     check_answers(kept.values(), films[1:4])
-    assert 'ended the node' in '\n'.join(log) and ends < 30 and not FilmQueue(tmp_path/'queue').films()
+    assert 'ended the process' in '\n'.join(log) and ends < 30 and not FilmQueue(tmp_path/'queue').films()
+
+class Nobody:
+    "Takes no answer: they stay"
+    def put(self, files): return ()
+
+def changed(film, fn, patient, number):
+    "A copy of a film, of another patient and with another number"
+    ds = pydicom.dcmread(film)
+    ds.PatientID, ds.SOPInstanceUID = patient, number
+    ds.file_meta.MediaStorageSOPInstanceUID = number
+    ds.save_as(fn)
+    return fn.read_bytes()
+
+@pytest.mark.posix
+def test_a_film_that_hangs(films, tmp_path, monkeypatch):
+    "One that hangs is stopped, one that ends the process is given up at last: a line each, no result; the others have theirs"
+    log, apart = [], Apart(aside.make, 3)
+    monkeypatch.setattr('dicomcam.node.write_answers', aside.answers)
+    assert apart.start() == 'layer 5'
+    node = a_node(tmp_path/'queue', Nobody(), log)
+    node.explain = apart
+    good = {node.queue.take(o.read_bytes()) for o in films[:4]}
+    bad = [node.queue.take(changed(films[0], tmp_path/o, o, f'1.2.3.{i}')) for i, o in enumerate(('hangs', 'crashes'))]
+    answer_films(node)
+    assert {o.name for o in (tmp_path/'queue'/'answers').iterdir()} == good and [o.stem for o in node.queue.films()] == bad[1:]
+    for _ in range(25): answer_films(node)
+    apart.stop()
+    assert {o.name for o in (tmp_path/'queue'/'answers').iterdir()} == good and not node.queue.films()
+    assert [o for o in log if bad[0] in o] == [f'film {bad[0]}: cannot be explained: it took more than 3 seconds']
+    assert [o for o in log if bad[1] in o][-1] == f'film {bad[1]}: ended the process that explains it 20 times, and gets no answer'
+
+@pytest.mark.posix
+def test_a_model_that_is_gone(films, tmp_path):
+    "Films wait until there is one"
+    log = []
+    node = a_node(tmp_path/'queue', Nobody(), log)
+    node.explain = Apart(aside.broken, 3)
+    with pytest.raises(ValueError, match='the model is broken'): node.explain.start()
+    node.queue.take(films[0].read_bytes())
+    answer_films(node)
+    assert log == ['films wait: what explains cannot be started: the model is broken'] and len(node.queue.films()) == 1
+
+PARENT = '''
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import aside
+from dicomcam.apart import Apart
+if __name__ == '__main__': Apart(aside.make, 10**6)(aside.sleep, Path(sys.argv[2]))
+'''
+
+@pytest.mark.posix
+def test_nothing_outlives_the_node(tmp_path):
+    "Killed in the middle of a film: no process goes on with it"
+    (tmp_path/'parent.py').write_text(PARENT)
+    with subprocess.Popen([*map(str, [sys.executable, tmp_path/'parent.py', Path(__file__).parent, tmp_path/'pid'])]) as p:
+        while not (tmp_path/'pid').exists() or not (tmp_path/'pid').read_text(): time.sleep(.05)
+        p.kill()
+    pid, end = int((tmp_path/'pid').read_text()), time.monotonic()+60
+    def lives():
+        try: return Path(f'/proc/{pid}/stat').read_text().split(') ')[1][0] != 'Z' if Path('/proc').exists() else not os.kill(pid, 0)
+        except OSError: return False
+    while lives() and time.monotonic() < end: time.sleep(.05)
+    assert not lives()
+
+def test_answered_before_the_kill(films, tmp_path):
+    "Its answer was there already, but the film had not gone yet: answered once"
+    with target() as (address, kept):
+        node = a_node(tmp_path/'queue', Nobody())
+        film = node.queue.take(films[0].read_bytes())
+        answer_films(node)
+        node = a_node(tmp_path/'queue', peer(address))
+        place = tmp_path/'queue'/'films'/'study'/f'{film}.dcm'
+        place.parent.mkdir()
+        shutil.copy(films[0], place)
+        for _ in range(2): answer_films(node)
+    check_answers(kept.values(), films[:1])
+    assert not node.queue.films()
+
+@pytest.mark.parametrize('absolute', [False, True])
+def test_nothing_lights_up(absolute, films, tmp_path):
+    "The picture alone, which says so; with a scale of the model that is the scale's doing, and told as well"
+    from dicomcam.scale import HeatScale
+    def dark(files):
+        h = explain(files)
+        if absolute: h.scale = HeatScale(5., 9., 'Yes', '5', 'cam', 100, 100)
+        else: h.raw[0][:] = 0
+        return h
+    with target() as (address, kept):
+        node = a_node(tmp_path/'queue', peer(address))
+        node.explain = dark
+        node.queue.take(films[0].read_bytes())
+        answer_films(node)
+    picture, = kept.values()
+    assert picture.Modality == 'OT' and picture.StudyInstanceUID == pydicom.dcmread(films[0]).StudyInstanceUID
+    if absolute: assert 'absolute scale: colour from 5 on' in picture.DerivationDescription and 'nothing here speaks for Yes' in picture.DerivationDescription
+    assert not node.queue.films()
+
+def test_told_by_which_scale(films, tmp_path):
+    "Where something lights up on a scale of the model, the picture and the report say which it is"
+    from dicomcam.scale import HeatScale
+    def bright(files):
+        h = explain(files)
+        h.scale = HeatScale(1.5, 9., 'Yes', '5', 'cam', 100, 100)
+        return h
+    with target() as (address, kept):
+        node = a_node(tmp_path/'queue', peer(address))
+        node.explain = bright
+        node.queue.take(films[0].read_bytes())
+        answer_films(node)
+    kinds = {o.Modality: o.to_json() for o in kept.values()}
+    assert set(kinds) == KINDS
+    for o in ('OT', 'SR'): assert 'absolute scale: colour from 1.5 on' in kinds[o]
+
+def many(films, n, folder):
+    "As many films, copies with numbers of their own, each in a study of its own"
+    folder.mkdir()
+    for i in range(n):
+        ds = pydicom.dcmread(films[i % len(films)])
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = f'1.2.4.{i+1}'
+        ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.PatientID = f'1.2.5.{i+1}', f'1.2.6.{i+1}', f'patient-{i+1}'
+        ds.save_as(folder/f'{i:04}.dcm')
+    return sorted(folder.iterdir())
 
 ZYGOTE = '''
 import os, sys
@@ -222,8 +347,8 @@ for _ in sys.stdin:
 @pytest.mark.posix
 def test_kill(films, tmp_path):
     "Killed at ten moments while films come: each that was acknowledged is answered, and once"
-    films = films[:8]
-    moments, port, acknowledged = random.Random(1), free_port(), set()
+    films = many(films, int(os.environ.get('DICOMCAM_NODE_FILMS', 8)), tmp_path/'many')
+    moments, port, acknowledged = random.Random(int(os.environ.get('DICOMCAM_FUZZ_SEED', 1))), free_port(), set()
     with target() as (address, kept):
         args = [sys.executable, '-c', ZYGOTE, Path(__file__).parent, tmp_path/'queue', address, port]
         with subprocess.Popen([*map(str, args)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as zygote:
@@ -289,33 +414,40 @@ def test_garbage(films, tmp_path):
 
 # Orthanc
 
+def check_objects(files):
+    "dciodvfy finds no error in any of them, dcmtk none in a report"
+    here = f'{Path(sys.executable).parent}{os.pathsep}/usr/bin'
+    for o in files:
+        tools = ['dciodvfy'] + ['dsrdump']*(pydicom.dcmread(o).Modality == 'SR')
+        for tool in filter(None, (shutil.which(t, path=here) for t in tools)):
+            r = subprocess.run([tool, o], capture_output=True, text=True)
+            assert r.returncode == 0 and 'Error' not in r.stderr and 'E:' not in r.stderr, r.stderr
+
 def test_serve_for_orthanc(films, folder, tmp_path):
     "Films that the archive sends, and dcmtk's storescu: each has its answer in its study, without an error"
     import requests
     from dicomcam.batches import dicom_dls
     from dicomcam.models import dicom_learner, save_model
-    films = films[:6]
+    films = many(films, int(os.environ.get('DICOMCAM_NODE_FILMS', 6)), tmp_path/'many')
     save_model(dicom_learner(dicom_dls(folder, size=64), 'xresnet18', pretrained=False), tmp_path/'m.safetensors')
     (tmp_path/'orthanc').mkdir()
     with orthanc(tmp_path/'orthanc') as (dicom, web, ours):
         send(films[::2], dicom, progress=False)
         args = [sys.executable, '-m', 'dicomcam', 'serve', tmp_path/'m.safetensors', '--to', web, '--from', 'ORTHANC', '--from', 'STORESCU', '--port', ours,
-            '--queue', tmp_path/'queue', '--quiet', .2, '--modality', 'CR', '--modality', 'DX']
+            '--queue', tmp_path/'queue', '--quiet', .2, '--modality', 'CR', '--modality', 'DX', '--limit', 600, '--free', 1, '--max-film', 16, '--max-pdu', 64, '--associations', 4]
         with subprocess.Popen([*map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as node:
             try:
-                assert 'listens' in node.stdout.readline()
+                while 'listens' not in (line := node.stdout.readline()): assert line, 'it ended'
                 api = web.removesuffix('dicom-web')
                 requests.post(f'{api}modalities/us/store', json=dict(Resources=requests.get(f'{api}instances').json())).raise_for_status()
                 send(films[1::2], dicom, progress=False)
                 if storescu := shutil.which('storescu', path='/usr/bin'): subprocess.run([storescu, '-aet', 'STORESCU', '-aec', 'DICOMCAM', '-xy', '127.0.0.1', str(ours), *map(str, films[1::2])], check=True)
                 else: send(films[1::2], f'dicom://DICOMCAM@127.0.0.1:{ours}', aet='STORESCU', progress=False)
-                end = time.monotonic()+120
+                end = time.monotonic()+600
                 while len(requests.get(f'{api}instances').json()) < 4*len(films) and time.monotonic() < end: time.sleep(.3)
             finally: node.terminate()
         fetch(web, {}, tmp_path/'got', most=1000, progress=False)
     got = [pydicom.dcmread(o) for o in (tmp_path/'got').rglob('*.dcm')]
-    check_answers([o for o in got if o.Modality in KINDS], films)
-    if shutil.which('dciodvfy'):
-        for kind in KINDS:
-            r = subprocess.run(['dciodvfy', next(o.filename for o in got if o.Modality == kind)], capture_output=True, text=True)
-            assert 'Error' not in r.stderr, r.stderr
+    answers = [o for o in got if o.Modality in KINDS]
+    check_answers(answers, films)
+    check_objects([o.filename for o in answers])
