@@ -55,7 +55,10 @@ class Apart:
     def __init__(self,
         make:Callable, # Gives the thing, and what is to be known of it here; can be pickled
         seconds:float, # That a call may take
-    ): self.make, self.seconds, self.process, self.about = make, min(seconds, 10**6), None, None
+    ):
+        self.make, self.seconds = make, min(seconds, 10**6)
+        self.process: Any = None
+        self.about: Any = None
 
     def start(self) -> Any: # What `make` tells
         "Start the process, if there is none, and wait until the thing is made. Raises what `make` raises."
