@@ -69,6 +69,10 @@ def _scores(c, batches, cls):
     with as_found(c.model), torch.no_grad(): parts = [_log_odds(c, xb, cls) for xb in batches]
     return [on_cpu(torch.cat(o)).numpy() for o in zip(*parts)]
 
+def _is_dark(h, i, cls, layer):
+    "Has the map no colour on a scale for all films? False where none is known."
+    return h.drawn_by(i, cls, layer) is not None and not h.heat(i, cls, layer, scale=None).any()
+
 def causal_effects(
     learn_or_model:Learner|nn.Module, # Whose heatmaps they are
     h:Heatmaps|list, # Of the films that show something; of several methods, if in a list
@@ -79,11 +83,12 @@ def causal_effects(
     grow:float=.03,  # How far off the brightest pixel may lie, as a share of the image's longer side
     act=None,        # As for `gradcam`
     output=None,     # As for `gradcam`
-) -> pd.DataFrame:   # Columns image, map, layer, with, without, change, log_odds, pointing, mass
+) -> pd.DataFrame:   # Columns image, map, layer, with, without, change, log_odds, pointing, mass, dark
     """What the score owes to what changed, and where the maps look, for each pair, map and layer, and the `baselines`.
 
     `change` is the probability with less the one without, `log_odds` the same in log-odds; `pointing` and `mass` are of
-    the region. Raises ValueError where films, twins and regions differ in number or size."""
+    the region; a map is `dark` if it stays below the threshold of its `scale`, and not where it has none. Raises
+    ValueError where films, twins and regions differ in number or size."""
     first, c = as_list(h)[0], Classifier(learn_or_model, act, output)
     sides = [_scores(c, o, cls) for o in (c.batches(first.inputs)[1], c.batches(twins)[1])]
     (odds, shown), (odds_without, hidden) = sides
@@ -91,8 +96,11 @@ def causal_effects(
     score = pd.DataFrame({'with': shown, 'without': hidden, 'change': shown-hidden, 'log_odds': odds-odds_without})
     measured = measures_by_image(h, regions, cls, layer, grow, measures=('pointing', 'mass'))
     by_map = measured.rename_axis('image').stack(['map', 'layer'], future_stack=True).reset_index()
+    of = {(o.method, name): o for o in as_list(h) for name in o.layers}
+    keys = zip(by_map.image, by_map['map'], by_map.layer)
+    by_map['dark'] = [(m, name) in of and _is_dark(of[m, name], i, cls, name) for i, m, name in keys]
     return by_map.merge(score, left_on='image', right_index=True)[
-        ['image', 'map', 'layer', *score.columns, 'pointing', 'mass']]
+        ['image', 'map', 'layer', *score.columns, 'pointing', 'mass', 'dark']]
 
 # %% ../nbs/api/30e_causal.ipynb #44f13144
 _VERDICTS = {(True, True): 'the map is right', (True, False): 'the map fails', (False, True): 'the map invents',
@@ -109,7 +117,7 @@ def causal_table(
     if by not in ('change', 'log_odds'): raise ValueError(f"No change {by!r}; there are 'change' and 'log_odds'.")
     rows = []
     for (name, layer), of_map in effects.groupby(['map', 'layer'], sort=False):
-        reacts, shows = of_map[by].to_numpy() >= at, of_map.pointing.to_numpy() > .5
+        reacts, shows = of_map[by].to_numpy() >= at, ((of_map.pointing > .5) & ~of_map.dark).to_numpy()
         whose = of_map.image.to_numpy() if group is None else np.asarray(group)[of_map.image]
         for answer, verdict in _VERDICTS.items():
             cell, row = shows == answer[1], reacts == answer[0]

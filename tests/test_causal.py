@@ -6,6 +6,7 @@ from dicomcam.causal import causal_effects, causal_map, causal_table
 from dicomcam.gradcam import gradcam
 from dicomcam.heatmaps import Heatmaps
 from dicomcam.intervals import proportion_interval
+from dicomcam.scale import HeatScale
 
 SIZE = 16
 
@@ -112,12 +113,25 @@ def test_failing_map_or_failing_model(pair, looks, shows, verdict):
     assert other.share.isna().all() and (other.pairs == 0).all()
 
 def test_shares_are_of_the_pairs_to_which_the_model_reacts_alike():
-    effects = pd.DataFrame(dict(image=range(8), map='m', layer='l', change=[.5]*5+[0.]*3, log_odds=0., pointing=[1, 1, 1, 0, .2, 1, 0, 0], mass=0.))
+    effects = pd.DataFrame(dict(image=range(8), map='m', layer='l', change=[.5]*5+[0.]*3, log_odds=0., pointing=[1, 1, 1, 0, .2, 1, 0, 0], mass=0., dark=False))
     table = causal_table(effects).loc['m', 'l']
     assert table.pairs.to_dict() == {(True, True): 3, (True, False): 2, (False, True): 1, (False, False): 2}
     assert np.allclose(table.share, [.6, .4, 1/3, 2/3])
     grouped = causal_table(effects, group=[0, 0, 1, 1, 2, 3, 4, 5]).loc['m', 'l']
     assert np.allclose(grouped[['share', 'low', 'high']].iloc[0].astype(float), proportion_interval([1, 1, 1, 0, 0], [0, 0, 1, 1, 2]))
+
+@pytest.mark.parametrize('threshold,verdict', [(.5, 'the map invents'), (2., 'the model fails')])
+def test_a_map_that_is_dark_on_the_scale_of_all_films_shows_nothing(pair, threshold, verdict):
+    "Its brightest pixel lies in the region, and is no brighter than those of healthy films"
+    films, without, regions = pair
+    raw = torch.zeros(6, 1, SIZE, SIZE)
+    raw[:, 0, *PATCH] = 1
+    h = Heatmaps([raw, raw+1], films, torch.ones(6, 1), ['ill'], ['5', '7'], 'gradcam', vocab=['well', 'ill'])
+    def tables(): return causal_table(causal_effects(model(*ELSEWHERE), h, without, regions, -1, grow=0))
+    def verdicts(layer): return (t := tables().loc['gradcam', layer]).verdict[t.pairs > 0].tolist()
+    assert verdicts('5') == ['the map invents'] # by its own maximum
+    h.scale = HeatScale(threshold, 3., 'ill', '5', 'gradcam', 60, 20)
+    assert verdicts('5') == [verdict] and verdicts('7') == ['the map invents'] # of layer 7 no scale is known
 
 def test_unknown_change():
     with pytest.raises(ValueError, match="No change 'words'"): causal_table(pd.DataFrame(), by='words')
