@@ -1,51 +1,111 @@
-"""Do healthy films stay dark, and lesions lit? python benchmarks/scale.py [seed ...] [--judges 11 21 31] [--models DIR]
+"""Do healthy films stay dark, and lesions lit? python benchmarks/scale.py [seed ...] [--calibrate 201 202 203] [--judges 11 21 31]
 
-For each training seed a network learns its phantom, and method, layer and scale are chosen on that phantom alone. Then films of
-other phantoms are looked at, once, at the threshold of the scale. A lesion is lit if a region at or above the threshold touches it;
-`peak`: if the region's brightest point lies in it; `elsewhere`: the same regions against the mirror image of the lesion, as a
-measure of luck. `--models DIR` takes DIR/s<seed>/model.safetensors, as `dicomcam demo` writes it, in place of a training."""
+For each training seed a network learns its phantom. Method, layer and scale are chosen on that phantom alone, as `dicomcam demo` does, or,
+with `--calibrate`, on other phantoms that the network has not seen. Then films of the judging phantoms are looked at, once, at the threshold
+of the scale. A lesion is lit if a region at or above the threshold touches it; `peak`: if the region's brightest point lies in it; `elsewhere`:
+the same regions against the mirror image of the lesion, as a measure of luck. `pointing`: the brightest point of the map, over the lesions
+that the network found, on the network's pixels with 3 % of tolerance, and `ahead` of the best baseline, paired. Intervals are by patient.
+
+`--models DIR` takes DIR/s<seed>/model.safetensors, as `dicomcam demo` writes it, in place of a training; `--save DIR` writes the models with
+what was chosen on other phantoms, which another run takes as they are; `--phantoms DIR` keeps the phantoms there, and not in the cache."""
 import argparse, warnings
 from pathlib import Path
 
-import numpy as np, pandas as pd
+import cv2, numpy as np, pandas as pd
 
-from dicomcam.all import (attribute, choose_layer, choose_scale, dicom_dls, froc, label_table, lesion_mask, load_model, phantom,
-    shown_by, train_learner)
+from dicomcam.all import (Heatmaps, attribute, calibrate, choose_layer, choose_scale, dicom_dls, froc, joined, label_table, lesion_mask,
+    lesion_prior, load_model, mean_interval, measures_by_image, paired_difference, phantom, save_model, shown_by, train_learner)
 
-def learner(seed, models):
+CLS = 'Pneumothorax'
+
+def films(seed, args):
+    "Labels and patients of a phantom's films, each with its lesion."
+    path = phantom(args.phantoms and args.phantoms/f'ph{seed}', n=args.n, seed=seed, n_jobs=args.n_jobs, progress=False)
+    table = label_table(path)
+    return table.assign(group=[f'{seed} {o}' for o in table.group], mask=[lesion_mask(path, o) for o in table.file])
+
+def learner(seed, args):
     "A network of the phantom of that seed, and what its heatmaps are made by."
-    path = phantom(seed=seed)
-    if models is None: learn = train_learner(path, seed)
-    else: learn = load_model(Path(models)/f's{seed}/model.safetensors', dicom_dls(path, size=144, seed=seed))
-    if not getattr(learn, 'choice', None): choose_layer(learn, path)
-    if not getattr(learn, 'heat_scale', None): choose_scale(learn)
+    saved = args.models and args.models/f's{seed}/model.safetensors'
+    learn = load_model(saved) if saved else train_learner(phantom(seed=seed), seed)
+    if args.calibrate:
+        t = pd.concat([films(o, args) for o in args.calibrate])
+        calibrate(learn, t.file.tolist(), t.label, t['mask'].tolist(), CLS, t.group)
+    elif not learn.heat_scale:
+        if saved: learn = load_model(saved, dicom_dls(phantom(seed=seed), size=144, seed=seed))
+        choose_layer(learn, phantom(seed=seed))
+        choose_scale(learn)
+    if args.save:
+        fn = args.save/f's{seed}/model.safetensors'
+        fn.parent.mkdir(parents=True, exist_ok=True)
+        save_model(learn, fn)
     return learn
 
-def judged(learn, seed, n):
-    "What films of another phantom show on the learner's scale: a row."
-    table, scale = label_table(phantom(n=n, seed=seed)), learn.heat_scale
-    masks = [lesion_mask(phantom(n=n, seed=seed), o) for o in table.file]
+def maps_of(learn, table):
+    "Maps of a phantom's films, as the scale has them."
     method, layer = shown_by(learn)
-    h = attribute(learn, table.file.tolist(), scale.cls, layer, method, scale.smooth)
-    row, there = {}, dict(masks=masks, elsewhere=[o if o is None else np.fliplr(o) for o in masks])
-    for name, hit, where in ('lit', 'touch', 'masks'), ('peak', 'peak', 'masks'), ('elsewhere', 'touch', 'elsewhere'):
-        t = froc(h, there[where], scale.cls, layer, table.group, [scale.threshold], hit).iloc[0]
-        row[name] = f'{t.sensitivity:.2f} ({t.low:.2f} to {t.high:.2f})'
-        if name == 'lit': false, dark = t.fp_healthy, f'{1-t.lit:.3f} ({1-t.lit_high:.3f} to {1-t.lit_low:.3f})'
-    return row | {'false regions': round(false, 3), 'healthy dark': dark, 'lesions': int(t.lesions), 'healthy': int(t.healthy)}
+    return attribute(learn, table.file.tolist(), learn.heat_scale.cls, layer, method, learn.heat_scale.smooth)
 
-p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-p.add_argument('seeds', nargs='*', type=int, default=[1, 2, 3])
-p.add_argument('--judges', nargs='*', type=int, default=[11, 21, 31], help='Seeds of the phantoms that judge.')
-p.add_argument('--n', type=int, default=100, help='Films of each of them.')
-p.add_argument('--models')
-args = p.parse_args()
+def interval(value, low, high, n=2): return f'{value:.{n}f} ({low:.{n}f} to {high:.{n}f})'
 
-rows = []
-for seed in args.seeds:
-    with warnings.catch_warnings(action='ignore'): learn = learner(seed, args.models)
-    for judge in args.judges:
+def on_the_scale(scale, h, masks, group):
+    "What is lit of lesions and of healthy films."
+    row, mirrored = {}, [o if o is None else np.fliplr(o) for o in masks]
+    for name, hit, where in ('lit', 'touch', masks), ('peak', 'peak', masks), ('elsewhere', 'touch', mirrored):
+        t = froc(h, where, scale.cls, scale.layer, group, [scale.threshold], hit).iloc[0]
+        row[name] = interval(t.sensitivity, t.low, t.high)
+        if name == 'lit': false = interval(t.fp_healthy, t.fp_low, t.fp_high, 3), interval(1-t.lit, 1-t.lit_high, 1-t.lit_low, 3)
+    return row | {'false regions': false[0], 'healthy dark': false[1], 'lesions': int(t.lesions), 'healthy': int(t.healthy)}
+
+def small(mask, side): return cv2.resize(255*mask.astype(np.uint8), (side, side), interpolation=cv2.INTER_AREA) > 127
+
+def pointing(learn, h, masks, prior):
+    "Of each found lesion: does the map, does each baseline point at it?"
+    scale, side = learn.heat_scale, h.images.shape[-1]
+    at_input = Heatmaps(h.raw, h.images, h.probs, h.classes, h.layers, h.method, vocab=h.vocab)
+    found = [None if m is None or p < .5 else small(m, side) for m, p in zip(masks, h.probs[:, h.cls(0, scale.cls)].tolist())]
+    values = measures_by_image(at_input, found, scale.cls, scale.layer, measures=('pointing',), prior=prior)
+    return values.droplevel(['layer', 'measure'], axis=1)
+
+def pointed(values, group):
+    "The pointing game, and how far the map is ahead of the best baseline; `prior` knows the judged lesions themselves."
+    mine, *others = values.columns
+    best = max(others, key=lambda o: values[o].mean())
+    ahead = paired_difference(values[mine], values[best], group)
+    return {'pointing': interval(*mean_interval(values[mine].to_numpy(), group=group)), 'found': len(values),
+        'ahead': f'of {best} by {interval(ahead["value"], ahead["low"], ahead["high"])}, p = {ahead["p"]:.4f}'}
+
+def judged(learn, args):
+    "A row for each judging phantom, and one for all of them."
+    tables = [films(o, args) for o in args.judges]
+    maps = [maps_of(learn, t) for t in tables]
+    if len(tables) > 1: tables, maps = [*tables, pd.concat(tables, ignore_index=True)], [*maps, joined(maps)]
+    prior = lesion_prior(tables[-1]['mask'])
+    for judge, t, h in zip([*args.judges, 'all'], tables, maps):
+        masks, group = t['mask'].tolist(), t.group.to_numpy()
+        values = pointing(learn, h, masks, prior)
+        yield dict(judge=judge, **on_the_scale(learn.heat_scale, h, masks, group), **pointed(values, group[values.index]))
+
+def main(args):
+    rows = []
+    for seed in args.seeds:
+        with warnings.catch_warnings(action='ignore'): learn = learner(seed, args)
         scale = learn.heat_scale
-        rows.append(dict(trained=seed, judge=judge, method=scale.method, layer=scale.layer, threshold=round(scale.threshold, 3),
-            **judged(learn, judge, args.n)))
-        print(pd.DataFrame(rows).to_string(index=False), flush=True)
+        print(f'seed {seed}: {scale.method}, layer {scale.layer}, {scale.healthy} healthy patients, {scale.ill} ill; {scale}; {learn.choice["reason"]}',
+            flush=True)
+        for row in judged(learn, args) if args.judges else ():
+            rows.append(dict(trained=seed, **row))
+            print('; '.join(f'{k} {v}' for k, v in rows[-1].items()), flush=True)
+    print(pd.DataFrame(rows).to_string(index=False))
+
+if __name__ == '__main__':
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('seeds', nargs='*', type=int, default=[1, 2, 3])
+    p.add_argument('--calibrate', nargs='*', type=int, help='Seeds of the phantoms by which map and scale are chosen.')
+    p.add_argument('--judges', nargs='*', type=int, default=[11, 21, 31], help='Seeds of the phantoms that judge.')
+    p.add_argument('--n', type=int, default=100, help='Films of each of them.')
+    p.add_argument('--models', type=Path)
+    p.add_argument('--save', type=Path)
+    p.add_argument('--phantoms', type=Path)
+    p.add_argument('--n-jobs', type=int, default=-1)
+    main(p.parse_args())

@@ -1,12 +1,14 @@
 """The phantom's targets for heatmaps that can be trusted: do they point at the lesion, and can one tell which do not?
 
-    python benchmarks/trust.py [--seeds 1 2 3] [--models FOLDER] [--choose 201] [--judge 101 102 103] [--n 250] [--keep FOLDER] [--out FILE]
+    python benchmarks/trust.py [--seeds 1 2 3] [--models FOLDER] [--choose 201 202 203] [--judge 101 102 103] [--n 250] [--keep FOLDER] [--out FILE]
 
 For each seed a network is trained as `dicomcam demo` does (phantom, split and training of that seed), or FOLDER/s1/model.safetensors, ... are
-taken. Method and layer ("picked": one for all seeds), the number that tells right from wrong maps, and its witnesses are chosen on the films
-of the phantom `--choose`, and the threshold below which a map is not read comes from there too; all of it is judged on the phantoms `--judge`,
-which neither a network nor a choice has seen. Lesions and maps are compared on the network's pixels, 144 x 144, with 3 % of tolerance. Beside it stands what `choose_layer` ships. Intervals are by patient: a patient's films, as
-three networks see them, are one. `--keep` keeps what was measured of each network and phantom, so that a run that was cut off goes on."""
+taken. The map ("picked": one method and layer for all seeds, of the film or the mean with its mirror image), the number that tells right from
+wrong maps, and its witnesses are chosen on the films of the phantoms `--choose`, and the threshold below which a map is not read comes from
+there too; all of it is judged on the phantoms `--judge`, which neither a network nor a choice has seen. Lesions and maps are compared on the
+network's pixels, 144 x 144, with 3 % of tolerance. Beside it stands what `choose_layer` ships. Intervals are by patient: a patient's films, as
+three networks see them, are one. `--keep` keeps what was measured of each network and phantom, so that a run that was cut off goes on. Healthy
+films on the absolute scale are benchmarks/scale.py's."""
 import argparse, json, pickle, sys, time, warnings
 from pathlib import Path
 
@@ -14,13 +16,10 @@ warnings.simplefilter('ignore')
 sys.modules['gdcm'] = None # it decodes JPEG several times slower than Pillow, and pydicom would prefer it
 import cv2, numpy as np, pandas as pd
 
-from dicomcam.absolute import choose_scale, film_maxima
-from dicomcam.attribution import attribute
 from dicomcam.batches import dicom_dls
 from dicomcam.choice import CANDIDATES, choose_layer, late_stages, training_prior
 from dicomcam.data import lesion_mask
 from dicomcam.files import plain_progress
-from dicomcam.froc import froc
 from dicomcam.gradcam import gradcam
 from dicomcam.heatmaps import Heatmaps
 from dicomcam.intervals import mean_interval, paired_difference
@@ -58,15 +57,24 @@ def near(layer, layers):
     i = layers.index(layer)
     return layers[max(0, i-1):i+2]
 
-def witnesses(method, layer, stages, plain, mirror, trainings):
+def copies_of(method): return f'{method}, {COPIES}'
+
+def witnesses(method, layer, stages, plain, mirror, means, trainings):
     "Sets of maps that may confirm the one of `method` and `layer`, which comes first in each."
-    def at(maps, *names): return [maps[method][o] for o in names]
+    name = method.partition(', ')[0]
+    plain, mirror, means = plain[name], mirror[name], means[name]
     close = [o for o in near(layer, stages) if o != layer]
-    first, turned, others = at(plain, layer), at(mirror, layer), [o[layer] for o in trainings[method]]
-    sets = {'alone': [], 'mirror image': turned, 'neighbouring stages': at(plain, *close),
-        'mirror image, neighbouring stages': turned+at(plain, *close)+at(mirror, *close)}
+    def stages_of(*maps): return [o[k] for o in maps for k in close]
+    if method != name:
+        both = [plain[layer], mirror[layer]]
+        sets = {'alone': [], 'both copies': both, 'neighbouring stages': stages_of(means),
+            'both copies, neighbouring stages': both+stages_of(plain, mirror)}
+        return {k: [means[layer], *more] for k, more in sets.items()}
+    turned, others = [mirror[layer]], [o[layer] for o in trainings[name]]
+    sets = {'alone': [], 'mirror image': turned, 'neighbouring stages': stages_of(plain),
+        'mirror image, neighbouring stages': turned+stages_of(plain, mirror)}
     if others: sets |= {'other trainings': others, 'mirror image, other trainings': turned+others}
-    return {name: first+more for name, more in sets.items()}
+    return {k: [plain[layer], *more] for k, more in sets.items()}
 
 def at_input(h):
     "Heatmaps as if the network's pixels were the original's."
@@ -82,29 +90,36 @@ def measure(learn, path, table, shown, others, prior):
     table = table.assign(p=probs)
     called = table[table.p >= .5].reset_index(drop=True)
     files, stages = called.file.tolist(), late_stages(learn)
-    methods = sorted({m for m, _ in shown})
     def apart(h): return {o.layers[0]: at_input(o) for o in layer_by_layer(h)}
-    plain, mirror, trainings = {}, {}, {m: [] for m in methods}
-    for m in methods:
+    plain, mirror, trainings = {}, {}, {}
+    for m in sorted({m.partition(', ')[0] for m, _ in shown}):
         one, turned = map_copies(learn, files, CLS, stages, m, factors=[])
         plain[m], mirror[m] = apart(one), apart(turned)
         trainings[m] = [apart(gradcam(o, files, CLS, stages, m)) for o in others]
-    sets = {(m, l): witnesses(m, l, stages, plain, mirror, trainings) for m, l in shown}
-    signals = {(*o, name): trust_signals(hs, CLS) for o, of in sets.items() for name, hs in of.items()}
     side = learn.dls.setup.size
     masks = [shrunk(lesion_mask(path, o), side) if ill else None for o, ill in zip(files, called.ill)]
-    maps = [plain[m][l] for m, l in shown]
-    if len(shown) < len(CANDIDATES)+1: maps += [map_spread([plain[m][l], mirror[m][l]], 'copies').mean for m, l in shown] # to be judged
+    called = called.assign(file=[o.name for o in called.file])
+    films = table.assign(file=[o.name for o in table.file])
+    return dict(films=films, called=called, **judge(shown, masks, plain, mirror, trainings, prior))
+
+def judge(shown, masks, plain, mirror, trainings, prior):
+    "Where the maps `shown` point, and what tells, from the maps of all methods and stages."
+    means = {m: {k: map_spread([o, mirror[m][k]], 'copies').mean for k, o in of.items()} for m, of in plain.items()}
+    of = {**plain, **{copies_of(m): o for m, o in means.items()}}
+    stages = list(next(iter(plain.values())))
+    sets = {o: witnesses(*o, stages, plain, mirror, means, trainings) for o in shown}
+    signals = {(*o, name): trust_signals(hs, CLS) for o, by in sets.items() for name, hs in by.items()}
+    also = [(copies_of(m), k) for m, k in shown if m in plain] # to be judged
+    maps = [of[m][k] for m, k in dict.fromkeys([*shown, *also])]
     values = measures_by_image(maps, masks, CLS, measures=('pointing', 'mass'), prior=prior)
-    return dict(films=table.drop(columns='file').assign(file=[o.name for o in table.file]), called=called.drop(columns='file'),
-        values=values, signals=pd.concat(signals, axis=1))
+    return dict(values=values, signals=pd.concat(signals, axis=1))
 
 def part(seed, on, shown, nets, args):
     "What `measure` says, kept."
     fn = args.keep and args.keep/f's{seed}_p{on}.pkl'
     if fn and fn.is_file():
         res = pickle.loads(fn.read_bytes())
-        if set(shown) <= {o[:2] for o in res['values']}: return res
+        if set(shown) <= {o[:2] for o in res['signals']}: return res
     start, learn = time.monotonic(), nets[seed]
     others = [nets[o] for o in nets if o != seed and args.others]
     res = measure(learn, *films(on, args), shown, others, training_prior(learn))
@@ -113,33 +128,6 @@ def part(seed, on, shown, nets, args):
         fn.parent.mkdir(parents=True, exist_ok=True)
         fn.write_bytes(pickle.dumps(res))
     return res
-
-# --- healthy films ---
-
-def absolute(seed, on, net, args):
-    "What is lit on a scale of the network's own films (`choose_scale`), on a phantom that it has not seen: lesions, healthy films, false regions."
-    fn = args.keep and args.keep/f's{seed}_p{on}_scale.pkl'
-    if fn and fn.is_file(): return pickle.loads(fn.read_bytes())
-    if not getattr(net, 'heat_scale', None): choose_scale(net, cls=CLS)
-    scale, (path, table) = net.heat_scale, films(on, args)
-    h = at_input(attribute(net, table.file.tolist(), CLS, scale.layer, net.choice['method'], scale.smooth))
-    masks = [shrunk(lesion_mask(path, o), net.dls.setup.size) if ill else None for o, ill in zip(table.file, table.label == CLS)]
-    at = froc(h, masks, CLS, group=table.group.to_numpy(), thresholds=[scale.threshold], hit='peak').iloc[0]
-    any_ = [bool((h.native(i, CLS).numpy()[m] >= scale.threshold).any()) for i, m in enumerate(masks) if m is not None]
-    res = dict(scale=str(scale), method=scale.method, layer=scale.layer, group=table.group[table.label == CLS].tolist(), lit=any_,
-        dark=(film_maxima(h, CLS) < scale.threshold)[[m is None for m in masks]].tolist(), healthy=table.group[table.label != CLS].tolist(),
-        **at[['sensitivity', 'fp_healthy']].to_dict())
-    print(f'seed {seed} on phantom {on}: {res["method"]} at {res["layer"]}, {res["scale"]}', flush=True)
-    if fn: fn.write_bytes(pickle.dumps(res))
-    return res
-
-def absolute_rows(parts):
-    "Of all networks and phantoms: lesions that are lit anywhere, by the peak of a region, healthy films that are dark, false regions on those."
-    def rows(values, group):
-        v = pd.Series([x for (_, on), o in parts.items() for x in o[values]])
-        return row(v, pd.Series([f'{on} {x}' for (_, on), o in parts.items() for x in o[group]]))
-    of = {f'{name} (mean of the parts)': np.mean([o[name] for o in parts.values()]) for name in ('sensitivity', 'fp_healthy')}
-    return {'lesions lit': rows('lit', 'group'), 'healthy films dark': rows('dark', 'healthy')}, of
 
 # --- all together ---
 
@@ -175,16 +163,10 @@ def trust_rows(parts, name, which=None, found=True):
         signals.append(s if which is None else s[[which]])
     return np.array(right), np.array(group), np.array(seeds), pd.concat(signals, ignore_index=True)
 
-def best_signal(parts, maps):
-    """The number of the smallest mean area under the risk-coverage curve, over all `maps` (method, layer) that were tried: one alone misses too
-    seldom to tell. Of those that are there for every map; with the table."""
-    areas = {}
-    for o in maps:
-        right, group, _, signals = trust_rows(parts, lambda seed: o)
-        signals = signals.loc[:, signals.notna().all()]
-        areas[' '.join(o)] = risk_areas(right, signals, group, n=2).value
-    table = pd.DataFrame(areas).dropna()
-    table = table.assign(mean=table.mean(axis=1)).sort_values('mean')
+def best_signal(parts, name):
+    "The number of the smallest area under the risk-coverage curve of the maps that are shown, with the table."
+    right, group, _, signals = trust_rows(parts, name)
+    table = risk_areas(right, signals.dropna(axis=1, how='all'), group)
     return next(o for o in table.index if ';' in o), table
 
 def abstaining(chosen, judged, name, signal, found=True):
@@ -209,51 +191,44 @@ def show(title, rows):
     print(f'\n{title}')
     for k, o in rows.items(): print(f'  {k}: {text(o)}')
 
+def rounded(table): return table.round(4).to_string()
+
 def main(args):
     plain_progress()
     nets = {seed: network(seed, args.models) for seed in args.seeds}
     shipped = {seed: (learn.choice['method'], learn.choice['layer']) for seed, learn in nets.items()}
     stages = late_stages(nets[args.seeds[0]])
-    every = [(m, l) for m in CANDIDATES for l in stages]
-    chosen = {(seed, args.choose): part(seed, args.choose, every, nets, args) for seed in args.seeds}
-    means = pd.concat([o['values'].xs('pointing', axis=1, level='measure') for o in chosen.values()]).mean()
-    mass = pd.concat([o['values'].xs('mass', axis=1, level='measure') for o in chosen.values()]).mean()
-    table = pd.DataFrame(dict(pointing=means, mass=mass)).sort_values(['pointing', 'mass'], ascending=False)
-    print(f'\nOn phantom {args.choose}, all seeds:\n{table.round(3).to_string()}')
+    every = [(m, k) for m in [*CANDIDATES, *map(copies_of, CANDIDATES)] for k in stages]
+    chosen = {(seed, on): part(seed, on, every, nets, args) for on in args.choose for seed in args.seeds}
+    def mean(measure): return pd.concat([o['values'].xs(measure, axis=1, level='measure') for o in chosen.values()]).mean()
+    table = pd.DataFrame(dict(pointing=mean('pointing'), mass=mean('mass'))).sort_values(['pointing', 'mass'], ascending=False)
+    print(f'\nOn the phantoms {args.choose}, all seeds:\n{table.round(3).to_string()}')
     picked = max(every, key=lambda o: tuple(table.loc[o]))
     print(f'\npicked: {picked[0]} at layer {picked[1]}; shipped by choose_layer: {shipped}', flush=True)
-    judged = {(seed, on): part(seed, on, [picked, shipped[seed]] if picked != shipped[seed] else [picked], nets, args)
-        for on in args.judge for seed in args.seeds}
+    judged = {(seed, on): part(seed, on, list(dict.fromkeys([picked, shipped[seed]])), nets, args) for on in args.judge for seed in args.seeds}
     names = {'picked': lambda seed: picked, 'choose_layer': lambda seed: shipped[seed]}
     res = dict(picked=picked, shipped=shipped, judged=args.judge, n=args.n, choosing=table.reset_index().to_dict('records'))
-    tried = [o for o in every if table.pointing[o] > .5]
-    signal, areas = best_signal(chosen, tried)
-    print(f'\nWhat tells, on phantom {args.choose} (area under risk and coverage):\n{areas.head(12).round(4).to_string()}\n...\n{areas.loc[["chance"]].round(4).to_string()}')
     for k, name in names.items():
+        signal, areas = best_signal(chosen, name)
+        print(f'\nWhat tells, {k} (area under risk and coverage, phantoms {args.choose}):\n{rounded(areas.head(8))}\n...\n{rounded(areas.loc[["chance"]])}')
         show(f'Pointing game, lesions found, {k}', game := pointing(judged, name))
-        mean = lambda seed: (f'{name(seed)[0]}, {COPIES}', name(seed)[1])
-        show(f'The same of the mean with the mirror image, {k}', copies := pointing(judged, mean))
         rule = abstaining(chosen, judged, name, signal)
-        show(f'Not read below the threshold of phantom {args.choose} by "{signal}", {k}', rule)
+        show(f'Not read below the threshold of the phantoms {args.choose} by "{signal}", {k}', rule)
         called = abstaining(chosen, judged, name, signal, found=False)
         show('The same over all films called ill, false alarms being wrong', called)
-        res[k] = dict(pointing=game, copies=copies, abstention=rule, called=called)
-    res |= dict(signal=signal, areas=areas.to_dict('index'))
-    if args.scale:
-        lit, means = absolute_rows({(s, on): absolute(s, on, nets[s], args) for on in args.judge for s in args.seeds})
-        show('On the absolute scale of films that the network was trained or validated on', lit)
-        print('\n'.join(f'  {k}: {v:.3f}' for k, v in means.items()))
-        res |= dict(scale=lit | means)
+        res[k] = dict(pointing=game, abstention=rule, called=called, signal=signal, areas=areas.to_dict('index'))
+        if name(args.seeds[0])[0] == picked[0]: continue
+        show(f'Pointing game of the mean with the mirror image, {k}', copies := pointing(judged, lambda seed: (copies_of(name(seed)[0]), name(seed)[1])))
+        res[k]['copies'] = copies
     if args.out: args.out.write_text(json.dumps(res, indent=1, default=str))
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--seeds', nargs='*', type=int, default=[1, 2, 3])
     p.add_argument('--models', type=Path, default=Path('trust_models'), help='folder of s1/model.safetensors, ...; what is not there is trained and put there')
-    p.add_argument('--choose', type=int, default=201)
+    p.add_argument('--choose', nargs='*', type=int, default=[201, 202, 203])
     p.add_argument('--judge', nargs='*', type=int, default=[101, 102, 103])
     p.add_argument('--n', type=int, default=250)
-    p.add_argument('--scale', action='store_true', help='healthy films too, on the absolute scale')
     p.add_argument('--others', action='store_true', help='the networks of the other seeds are witnesses too')
     p.add_argument('--phantoms', type=Path, help='folder for the phantoms ph201, ...; without it they are in the cache')
     p.add_argument('--keep', type=Path, help='folder for what was measured of each network and phantom')

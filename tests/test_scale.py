@@ -1,11 +1,12 @@
 "One scale for all films of a model: made by hand, drawn, kept in the model file, refused where it is not what it may be, and said wherever a map goes"
 import pickle, re, warnings
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt, numpy as np, pandas as pd, pydicom, pytest, torch
 from click.testing import CliRunner
 from test_models import NONE, WORDS, refused, write
 
-from dicomcam.absolute import absolute_scale, choose_scale, film_maxima, shown_smooth
+from dicomcam.absolute import absolute_scale, calibrate, choose_scale, film_maxima, shown_smooth
 from dicomcam.attribution import attribute
 from dicomcam.batches import dicom_dls
 from dicomcam.cli import main
@@ -144,6 +145,58 @@ def test_scale_goes_with_the_model(learn, tmp_path):
     assert other.heat_scale == learn.heat_scale
     other.heat_scale = None
     assert load_model(save_model(other, tmp_path/'n.safetensors')).heat_scale is None
+
+LESION, SPOT, OTHER = np.zeros((32, 32), bool), (1, 1), (3, 3)
+LESION[8:16, 8:16] = True
+
+def film_maps(spots, method, items):
+    "A map a film of stages '5' and '6', whose brightest point is known: (place, height) of each stage"
+    raw = [torch.zeros(len(items), 1, 4, 4) for _ in range(2)]
+    for i, item in enumerate(items):
+        for stage, o in zip(raw, spots(item)): stage[(i, 0, *o[0])] = o[1]
+    return Heatmaps(raw, torch.rand(len(items), 1, 32, 32), torch.ones(len(items), 1), [ILL], ['5', '6'], method)
+
+@pytest.fixture
+def shown(monkeypatch):
+    "A learner whose maps are known: gradcam points well and is no brighter than healthy films, hirescam the other way round but at stage 6"
+    def spots(method, smooth):
+        def of(film):
+            healthy = film < 60
+            if method == 'gradcam': return [(OTHER if healthy else SPOT, 1 if healthy else .9)]*2
+            at_6 = SPOT if film % 5 else OTHER # four in five; stage 5 lights up elsewhere
+            return [(OTHER, .1 if healthy else 5), (OTHER if healthy else at_6, .1 if healthy else 2 if smooth else 1)]
+        return of
+    def attribute(learn, files, cls, layers, method, smooth, batches):
+        assert cls == ILL and layers == ['5', '6'] and batches
+        name = f'{method}, {smooth}' if smooth else method
+        return (film_maps(spots(method, smooth), name, o) for o in (files[:50], files[50:]))
+    monkeypatch.setattr('dicomcam.absolute.attribute', attribute)
+    monkeypatch.setattr('dicomcam.absolute.late_stages', lambda learn, stages: ['5', '6'])
+    return SimpleNamespace(dls=SimpleNamespace(vocab=['No Finding', ILL]), choice=None, heat_scale=None)
+
+FILMS, LABELS, MASKS = list(range(80)), ['No Finding']*60+[ILL]*20, [None]*60+[LESION]*20
+
+def test_the_map_that_shows_most_lesions_is_taken(shown):
+    scale = calibrate(shown, FILMS, LABELS, MASKS, methods=('gradcam', 'hirescam'), smoothings=(None,))
+    assert (scale.method, scale.layer, scale.healthy, scale.ill, scale.films) == ('hirescam', '6', 60, 20, 'given') and scale is shown.heat_scale
+    assert scale.threshold == pytest.approx(.1) and shown.choice['method'] == 'hirescam' and shown.choice['layer'] == '6'
+    assert shown.choice['reason'].startswith('shows 0.80 of 20 lesions that the network has not seen')
+    assert shown_smooth(shown) is None and calibrate(shown, FILMS, LABELS, MASKS, ILL, methods=('hirescam',), smoothings=('mirror',)).top == pytest.approx(2)
+    assert shown_smooth(shown) == 'mirror' and shown.choice['method'] == 'hirescam'
+
+def test_calibration_leaves_out_what_is_not_known(shown):
+    "Films of unknown label do not count at all, ill ones of unknown lesion only for the scale, a patient's films as one"
+    scale = calibrate(shown, [*FILMS, 7], [*LABELS, None], [*MASKS[:75], *[None]*5, LESION], group=[0, 0, *range(2, 81)], methods=('hirescam',), smoothings=(None,))
+    assert (scale.healthy, scale.ill) == (59, 20) and 'of 15 lesions' in shown.choice['reason']
+    with pytest.raises(ValueError, match='No lesion is known: choose_scale makes a scale without any'): calibrate(shown, FILMS, LABELS, [None]*80)
+    with pytest.raises(ValueError, match='18 healthy films'): calibrate(shown, FILMS[42:], LABELS[42:], MASKS[42:], methods=('hirescam',), smoothings=(None,))
+
+def test_patients_of_films_that_are_given(shown):
+    shown.choice = dict(layer='6', method='hirescam', reason='of a test')
+    def healthy(**kw): return choose_scale(shown, [*FILMS, 3], [*LABELS, None], smoothings=(None,), **kw).healthy
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr('dicomcam.absolute.attribute', lambda *a, **k: [film_maps(lambda film: [(SPOT, 1+film)]*2, 'hirescam', a[1])])
+        assert healthy() == 60 and healthy(group=[0, 0, *range(2, 81)]) == 59
 
 def texts(fn): return re.sub(r'\s+', ' ', re.sub(r'<[^>]*>', ' ', fn.read_text()))
 
