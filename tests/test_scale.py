@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt, numpy as np, pandas as pd, pydicom, pytest, tor
 from click.testing import CliRunner
 from test_models import NONE, WORDS, refused, write
 
-from dicomcam.absolute import absolute_scale, calibrate, choose_scale, film_maxima, shown_smooth
+from dicomcam.absolute import absolute_scale, calibrate, calibrate_by, choose_scale, film_maxima, shown_smooth
 from dicomcam.attribution import attribute
 from dicomcam.batches import dicom_dls
 from dicomcam.cli import main
@@ -186,10 +186,21 @@ def test_the_map_that_shows_most_lesions_is_taken(shown):
 
 def test_calibration_leaves_out_what_is_not_known(shown):
     "Films of unknown label do not count at all, ill ones of unknown lesion only for the scale, a patient's films as one"
-    scale = calibrate(shown, [*FILMS, 7], [*LABELS, None], [*MASKS[:75], *[None]*5, LESION], group=[0, 0, *range(2, 81)], methods=('hirescam',), smoothings=(None,))
+    scale = calibrate(shown, [*FILMS, 7], [*LABELS, None], [*MASKS[:75], *[None]*4, ~LESION & LESION, LESION], group=[0, 0, *range(2, 81)], methods=('hirescam',), smoothings=(None,))
     assert (scale.healthy, scale.ill) == (59, 20) and 'of 15 lesions' in shown.choice['reason']
     with pytest.raises(ValueError, match='No lesion is known: choose_scale makes a scale without any'): calibrate(shown, FILMS, LABELS, [None]*80)
     with pytest.raises(ValueError, match='18 healthy films'): calibrate(shown, FILMS[42:], LABELS[42:], MASKS[42:], methods=('hirescam',), smoothings=(None,))
+
+def test_calibration_by_a_folder(monkeypatch):
+    "Its labels, patients and lesions; without lesions the map stays what it was"
+    seen = []
+    table = pd.DataFrame(dict(file=['a', 'b'], label=['No Finding', ILL], group=['p', 'q']))
+    monkeypatch.setattr('dicomcam.absolute.label_table', lambda path: table)
+    for name in 'calibrate', 'choose_scale': monkeypatch.setattr(f'dicomcam.absolute.{name}', lambda *a, name=name, **kw: seen.append((name, [list(o) for o in a[1:]], list(kw['group']))))
+    for mask in LESION, None:
+        monkeypatch.setattr('dicomcam.absolute.lesion_mask', lambda path, file: mask if file == 'b' else None)
+        calibrate_by(None, 'folder')
+    assert [o[0] for o in seen] == ['calibrate', 'choose_scale'] and all(o[1][:2] == [['a', 'b'], ['No Finding', ILL]] and o[2] == ['p', 'q'] for o in seen)
 
 def test_patients_of_films_that_are_given(shown):
     shown.choice = dict(layer='6', method='hirescam', reason='of a test')
