@@ -1,0 +1,82 @@
+"The course: what a reader of the tutorial on SIIM_SMALL could do there, each in its lesson; and how long a lesson takes"
+import json, re, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+root = Path(__file__).resolve().parent.parent
+nbs = root/'nbs'
+HIDDEN = re.compile(r'^#\|\s*(hide|include:\s*false)\s*$', re.M)
+
+# what the tutorial has: the lesson that has it, and what to look for in what a reader of that lesson sees
+TUTORIAL = {
+    'what DICOM is for: vendors, modalities, hospitals': ('01_dicom', r'vendor|manufacturer', r'modalit', r'hospital'),
+    'a network protocol too': ('01_dicom', r'protocol'),
+    'get_dicom_files': ('01_dicom', r'get_dicom_files\('),
+    'items[i].dcmread()': ('01_dicom', r'\]\.dcmread\(\)'),
+    'group 0010 is the patient': ('01_dicom', r'0010'),
+    'group 0028 is the pixels': ('01_dicom', r'0028'),
+    'SamplesPerPixel, PhotometricInterpretation': ('01_dicom', r'SamplesPerPixel', r'PhotometricInterpretation', r'MONOCHROME2'),
+    'Rows, Columns, PixelSpacing': ('01_dicom', r'Rows', r'Columns', r'PixelSpacing'),
+    'BitsAllocated, BitsStored, HighBit': ('01_dicom', r'BitsAllocated', r'BitsStored', r'HighBit', r'\b255\b'),
+    'PixelRepresentation: signed and unsigned': ('01_dicom', r'PixelRepresentation', r'\bsigned', r'unsigned'),
+    'LossyImageCompression 00 and 01': ('01_dicom', r'LossyImageCompression\b', r"['\"`]?00['\"`]?", r"['\"`]?01['\"`]?"),
+    'LossyImageCompressionMethod and its codes': ('01_dicom', r'LossyImageCompressionMethod', r'ISO_10918_1'),
+    'values of Modality, with a link': ('01_dicom', r'\bCR\b', r'\bDX\b', r'\bCT\b', r'\bMR\b', r'\]\(https://dicom\.(nema|innolitics)'),
+    'patient, study, series, image': ('01_dicom', r'[Pp]atient', r'[Ss]tudy', r'[Ss]eries', r'[Ii]mage'),
+    'PixelData[:200]': ('01_dicom', r'PixelData\[:200\]'),
+    'pixel_array': ('01_dicom', r'\.pixel_array'),
+    '.show()': ('01_dicom', r'\.show\('),
+    'rescale, Hounsfield units': ('02_picture', r'RescaleSlope', r'Hounsfield'),
+    'untar_data(URLs.SIIM_SMALL) and .ls()': ('03_data', r'untar_data\(URLs\.SIIM_SMALL\)', r'\.ls\(\)'),
+    'from_dicoms beside summarize': ('03_data', r'from_dicoms\(', r'summarize\('),
+    '.columns': ('03_data', r'\.columns'),
+    'Modality.unique()': ('03_data', r'Modality\.unique\(\)'),
+    'ages and sexes': ('03_data', r'PatientAge', r'PatientSex'),
+    '250 are too few': ('03_data', r'\b250\b'),
+    'DataBlock with aug_transforms(size=400)': ('04_batches', r'DataBlock\(', r'aug_transforms\(size='),
+    'show_batch': ('04_batches', r'show_batch\('),
+    'split by patient': ('04_batches', r'PatientID'),
+    'xresnet50 with Mish and self-attention': ('05_training', r'xresnet50\(', r'act_cls=Mish', r'sa=True', r'n_out=2'),
+    'its first convolution swapped': ('05_training', r'\[0\]\[0\]\s*=|nn\.Conv2d\(1,'),
+    'and that model trained': ('05_training', r'Learner\(dls, model\b'),
+    'LabelSmoothingCrossEntropy, accuracy, ranger': ('05_training', r'LabelSmoothingCrossEntropy', r'accuracy', r'ranger'),
+    'lr_find()': ('05_training', r'lr_find\('),
+    'fit_flat_cos(5, 5e-4)': ('05_training', r'fit_flat_cos\(', r'5e-4'),
+    'show_results': ('06_results', r'show_results\('),
+    'ClassificationInterpretation': ('06_results', r'ClassificationInterpretation\.from_learner\('),
+    'plot_top_losses, plot_confusion_matrix': ('06_results', r'plot_top_losses\(', r'plot_confusion_matrix\('),
+    'interpretability, the black box, the family of methods': ('08_cam', r'interpretab', r'black box', r'gradient'),
+    'what it means to a radiologist': ('08_cam', r'radiologist'),
+    'Hook and register_forward_hook': ('08_cam', r'Hook', r'register_forward_hook\('),
+    'a layer by its place from the end': ('08_cam', r'\[-\d\]'),
+    'the film of a patient': ('08_cam', r'def grab_x|grab_x\('),
+    'einsum of weights and activations': ('08_cam', r"einsum\(['\"]ck,kij->cij['\"]"),
+    'class 0 and class 1 of one film': ('08_cam', r'[Cc]lass(es)?\b'),
+    'image and overlay side by side': ('08_cam', r'overlay|alpha='),
+    'how Grad-CAM differs': ('09_gradcam', r'CAM', r'gradient'),
+    'forward and backward hooks as context managers': ('09_gradcam', r'__enter__', r'__exit__', r'full_backward_hook|\.register_hook|HookBwd'),
+    'any layer, several layers, both classes': ('09_gradcam', r'layers=', r'classes='),
+}
+
+def seen(lesson):
+    "What a reader of the lesson sees, code and prose"
+    cells = json.loads((nbs/f'{lesson}.ipynb').read_text(encoding='utf-8'))['cells']
+    return '\n'.join(s for s in (''.join(c['source']) for c in cells) if not HIDDEN.search(s))
+
+@pytest.mark.parametrize('what', TUTORIAL)
+def test_what_the_tutorial_has(what):
+    lesson, *patterns = TUTORIAL[what]
+    text = seen(lesson)
+    for o in patterns: assert re.search(o, text), f'{lesson} has nothing like {o}'
+
+def test_the_whole_way_in_forty_lines():
+    "Lesson 0: header, batches, network, training, result, heatmap, all of it in sight"
+    text = seen('00_start')
+    for o in (r'dcmread\(\)', r'DataBlock\(', r'Learner\(dls, model', r'loss_func=', r'opt_func=ranger', r'\.fit', r'plot_confusion_matrix\(', r'gradcam\(|\bcam\('):
+        assert re.search(o, text), o
+
+def test_lessons_keep_to_their_limits():
+    "Minutes, lines, pictures, questions: tools/lessons.py says which lesson breaks which"
+    r = subprocess.run([sys.executable, str(root/'tools'/'lessons.py')], capture_output=True, text=True)
+    assert r.returncode == 0, r.stdout
