@@ -60,6 +60,7 @@ def measure(fn):
             wide = max(map(len, code), default=0)
             if wide > WIDTH: lesson.broken.append(f'cell {i}: a line of {wide} characters')
             if drawn and 'fig-alt:' not in source: lesson.broken.append(f'cell {i}: a picture without `#| fig-alt:`')
+            if re.search(r'^#\| fig-alt: .*: ', source, re.M): lesson.broken.append(f'cell {i}: a colon in `#| fig-alt:`, which is YAML')
         else: continue
         lesson.between = max(lesson.between, since)
         if drawn: lesson.pictures, since = lesson.pictures + 1, 0
