@@ -219,10 +219,11 @@ _METRICS = ('accuracy', 'auc', 'average_precision', 'sensitivity', 'specificity'
     'calibration_error')
 
 def _say(metrics, names=_METRICS):
-    "A line for each metric, with its interval; what is not known is a question mark."
+    "A line for each metric, with its interval; what is not known to both ends is left out."
     for name in names:
-        value, low, high = (f'{metrics[name][k]:.2f}'.replace('nan', '?') for k in ('value', 'low', 'high'))
-        _tell(f'{name:18} {value}  (95 % interval {low} to {high})')
+        value, low, high = (metrics[name][k] for k in ('value', 'low', 'high'))
+        ends = f'  (95 % interval {low:.2f} to {high:.2f})' if low == low and high == high else ''
+        _tell(f'{name:18} {value:.2f}{ends}'.replace('nan', 'not known'))
 
 # %% ../nbs/api/37_cli.ipynb #6ce436db
 def _check_checkpoint(checkpoint, out, resume, force):

@@ -73,8 +73,10 @@ def interval_text(
     name:str, # Of the metric
     o:dict,   # From `interval`
 ) -> str:
-    "A metric and its interval as a person would write them."
-    return f'{name} {o["value"]:.2f} ({o["low"]:.2f} to {o["high"]:.2f})'.replace('nan', '?')
+    "A metric and its interval as a person would write them; an interval that is not known to both ends is left out."
+    known = o['low'] == o['low'] and o['high'] == o['high']
+    ends = f' ({o["low"]:.2f} to {o["high"]:.2f})' if known else ''
+    return f'{name} {o["value"]:.2f}'.replace('nan', '–')+ends
 
 # %% ../nbs/api/21_intervals.ipynb #e86dc7b4
 def _by_patient(values, group):

@@ -32,7 +32,7 @@ from .heatmaps import nothing_speaks, read_mask
 from .attribution import attribute, attribution
 from .pictures import heat_uri, outline_path, photo_uri, plot_uri
 from .measured import as_findings, passport_values, readable_predictions
-from .passport import Passport, html_page
+from .passport import Passport, html_page, layer_words, shown_words
 
 # %% ../nbs/api/34_report.ipynb #d2f51d21
 def _origin(learn, df):
@@ -40,14 +40,14 @@ def _origin(learn, df):
     setup = learn.dls.setup
     if setup.table is None:
         return dict(bad=True, text='Which images the classifier was trained on is not known here. '
-            'If these or others of the same patients were among them, the figures flatter.')
+            'If these or others of the same patients were among them, the metrics flatter.')
     trained, by = setup.table[~setup.table.is_valid], setup.split['by']
     both = set(df.patient) & set(trained.group.astype(str))
     if both:
-        return dict(bad=True, text=f'{len(both)} of these patients were in the training set too: the figures flatter.')
+        return dict(bad=True, text=f'{len(both)} of these patients were in the training set too: the metrics flatter.')
     if by is None:
         return dict(bad=True, text='Images were split one by one, not by patient. '
-            'The same patient may have been in the training set too, and the figures then flatter.')
+            'The same patient may have been in the training set too, and the metrics then flatter.')
     patients = f'{len(trained)} images of {trained.group.nunique()} other patients'
     split = f'images were split by {by}, so no patient is on both sides'
     return dict(bad=False, text=f'The classifier was trained on {patients}: {split}.')
@@ -66,7 +66,8 @@ def _counts(learn, df, items):
 
 def _about_data(learn, df, items):
     "For the template: how many images, of whom, and how they relate to those of the training."
-    return dict(images=len(df), patients=df.patient.nunique(), counts=_counts(learn, df, items),
+    whose = 'held back in training' if items is None else 'given to the model'
+    return dict(images=len(df), patients=df.patient.nunique(), counts=_counts(learn, df, items), whose=whose,
         split=_origin(learn, df), network=f'{learn.network.arch}, {learn.dls.setup.size} pixels')
 
 # %% ../nbs/api/34_report.ipynb #2c2503a8
@@ -102,7 +103,9 @@ def _result(df, positive, threshold, vocab):
         plots += [plot_uri(plot, y, score, patient=patient, threshold=at) for plot in (plot_roc, plot_pr)]
     plots += [plot_uri(plot_confusion, y, score, classes=names, threshold=at), plot_uri(plot_calibration, y, score),
         plot_uri(plot_scores, y, score, classes=names, threshold=at)]
-    return metrics | dict(plots=plots)
+    return metrics | dict(plots=plots, ill=int(y.sum()), well=int((~y).sum()))
+
+_FEWEST = 10 # patients that a group has to have
 
 def _group(df, table, positive):
     "For the template: results of one class by subgroup, and warnings of what the header gives away in `table`."
@@ -110,9 +113,11 @@ def _group(df, table, positive):
         warnings.simplefilter('always')
         groups = subgroups(df, positive=positive, table=table)
     if groups.empty: return None
-    return dict(positive=positive, rows=groups.reset_index().to_dict('records'),
-        warnings=[str(o.message) for o in caught if o.category is UserWarning],
-        plots=[plot_uri(plot_subgroups, groups, size=(6, .8+.3*len(groups)))])
+    groups = groups.assign(few=groups.patients < _FEWEST)
+    drawn = groups[~groups.few & groups.auc.notna()]
+    plots = [plot_uri(plot_subgroups, drawn, size=(6, .8+.3*len(drawn)))] if len(drawn) else []
+    return dict(positive=positive, rows=groups.reset_index().to_dict('records'), fewest=_FEWEST, plots=plots,
+        warnings=[str(o.message) for o in caught if o.category is UserWarning])
 
 # %% ../nbs/api/34_report.ipynb #a701a139
 def _about_results(df, table, vocab, results):
@@ -149,9 +154,10 @@ def _pick_cases(df, n, phi):
     return pd.concat([worst, others]).sort_index(), f'{n} of {len(df)} images: {drawn} drawn at random.{says}'
 
 # %% ../nbs/api/34_report.ipynb #rep0000c
-def _layer_names(h):
-    "Layers with the size of their maps, as the reader chooses between them."
-    return [f'{name} ({raw.shape[-2]} × {raw.shape[-1]})' for name, raw in zip(h.layers, h.raw)]
+def _layer_names(h, words):
+    "Layers in words, with the size of their maps, as the reader chooses between them."
+    return [f'{words.get(name, f"layer {name}")}, {raw.shape[-2]} × {raw.shape[-1]}'
+        for name, raw in zip(h.layers, h.raw)]
 
 # %% ../nbs/api/34_report.ipynb #ba04c0de
 def _case_classes(row, vocab, shown):
@@ -162,21 +168,28 @@ def _case_classes(row, vocab, shown):
     return [cls for cls in vocab if cls in wanted]
 
 def _map(h, i, cls, layer, name, scale):
-    "For the template: one map of image `i`, and what has to be said of it."
+    "For the template: one map of image `i`, by its own maximum too, and what has to be said of it."
     heat, by = h.heat(i, cls, layer, scale=scale), h.drawn_by(i, cls, layer, scale)
     says = 'by its own maximum' if h.scale and not by else ''
     if by and not heat.any(): says = nothing_speaks(cls)
-    return dict(cls=cls, layer=name, uri=heat_uri(heat), says=says)
+    own = heat_uri(h.heat(i, cls, layer, scale='own')) if by else ''
+    return dict(cls=cls, layer=name, uri=heat_uri(heat), own=own, says=says)
 
-def _case(h, i, row, vocab, shown, mask, phi, side, scale=None):
+def _outcome(row, shown, threshold):
+    "Is the disease missed, or is it a false alarm? '' where neither, and where nobody knows."
+    if shown is None or threshold is None: return ''
+    ill, called = shown in label_classes(row.label), row.scores[shown] >= threshold
+    return '' if ill == called else 'missed' if ill else 'false alarm'
+
+def _case(h, i, row, vocab, shown, mask, phi, side, words, scale=None):
     "For the template: image `i` of `h`, which is `row` of the cases, with `predicted` and `scores`."
     classes = _case_classes(row, vocab, shown)
     rows, cols, *_ = h.where(i)
     maps = [_map(h, i, cls, layer, name, scale)
-        for cls in classes for layer, name in zip(h.layers, _layer_names(h))]
+        for cls in classes for layer, name in zip(h.layers, _layer_names(h, words))]
     one_label = isinstance(row.label, str)
     return dict(label=label_text(row.label), predicted=row.predicted,
-        wrong=row.label != row.predicted if one_label else None,
+        wrong=row.label != row.predicted if one_label else None, outcome=row.outcome,
         loss=row.loss, score=row.scores[shown or row.predicted], probs={cls: row.scores[cls] for cls in classes},
         rows=rows, cols=cols, classes=classes, maps=maps,
         photo=photo_uri(h.picture(i, native=True), side),
@@ -184,18 +197,20 @@ def _case(h, i, row, vocab, shown, mask, phi, side, scale=None):
         who=f'{row.file.name}, patient {row.patient}' if phi else '')
 
 # %% ../nbs/api/34_report.ipynb #rep0000f
-def _about_cases(heatmaps, cases, vocab, shown, path, phi, side, layer=None, scale=None):
+def _about_cases(heatmaps, cases, vocab, shown, path, phi, side, words, layer=None, scale=None):
     "For the template: the gallery of all `heatmaps`, batch by batch, and the choices above it."
     rows, done, names, first, known = cases.iterrows(), [], [], None, None
     for h in heatmaps:
-        names, known = _layer_names(h), h.scale if scale is None else None
+        names, known = _layer_names(h, words), h.scale if scale is None else None
         first = names[h.layer(layer)] if layer else first_fine(names, [min(raw.shape[-2:]) for raw in h.raw])
         for i, (_, row) in zip(range(len(h)), rows):
             mask = lesion_mask(path, row.file) if path else None
-            done.append(dict(no=len(done)+1) | _case(h, i, row, vocab, shown, mask, phi, side, scale))
+            done.append(dict(no=len(done)+1) | _case(h, i, row, vocab, shown, mask, phi, side, words, scale))
     colours = 255*colormaps['inferno'](np.linspace(0, 1, 9))
     return dict(shown=shown, labels=sorted(set(cases.label.map(label_text))), cases=done, layers=names, layer=first,
         at=h.layers[names.index(first)], outlined=any(o['outline'] for o in done), scale=known,
+        scale_layer=known and words.get(known.layer, f'layer {known.layer}'),
+        both=any(m['own'] for o in done for m in o['maps']),
         colours=[f'rgb({r:.0f} {g:.0f} {b:.0f})' for r, g, b, _ in colours])
 
 # %% ../nbs/api/34_report.ipynb #9417cacd
@@ -206,7 +221,7 @@ def _evenly(of):
     numbers = np.flatnonzero(of)
     return numbers[np.unique(np.linspace(0, len(numbers)-1, min(_MOST, len(numbers))).astype(int))]
 
-def _trust(learn, df, path, cls, layer, method, smooth):
+def _trust(learn, df, path, cls, layer, method, smooth, made):
     "For the template: what the passport says of the heatmaps shown first; None where no lesion is known."
     known = np.array([lesion_mask(path, o) is not None for o in df.file] if path else [], bool)
     if not known.any(): return None
@@ -215,8 +230,32 @@ def _trust(learn, df, path, cls, layer, method, smooth):
     some = df.iloc[np.sort(np.r_[_evenly(known), _evenly(healthy)])]
     films = some[['file', 'label']].assign(group=some.patient).dropna(axis=1).reset_index(drop=True)
     values = passport_values(learn, films, partial(lesion_mask, path), cls, layer, method, faithful=0, smooth=smooth)
-    made = f'Heatmaps by {method}' + (f' of layer {layer}.' if layer else '.')
     return Passport.of(values, cls, made).words(('pointing',), ('pointing', 'mass', 'auprc'))
+
+# %% ../nbs/api/34_report.ipynb #eeb63b5f
+def _cases(df, n, phi, vocab, shown, results):
+    "The rows of the gallery, with what each was called and how that came out, and a sentence that says which they are."
+    picked, says = _pick_cases(df, n, phi)
+    cases = picked[['file', 'label', 'patient', 'loss']].assign(scores=class_scores(picked).to_dict('records'),
+        predicted=_predicted(df, vocab, results))
+    threshold = results[0]['threshold'] if results else None
+    return cases.assign(outcome=[_outcome(o, shown, threshold) for o in cases.itertuples()]), says
+
+def _maps(learn, df, cases, vocab, cls, shown, layers, method, smooth, scale, path, phi, side):
+    "For the template: the gallery, and what the passport says of the maps of `cls` that are shown first."
+    choice = chosen(learn) if method is None and layers is None else None
+    smooth = shown_smooth(learn, method, layers, smooth, scale)
+    method, _ = shown_by(learn, method, layers)
+    layered = attribution(method).layered
+    if layers is None and layered: layers = late_stages(learn, 3)
+    if choice: layers = list(dict.fromkeys([*layers, choice['layer']]))
+    heatmaps = attribute(learn, cases.file.tolist(), vocab, layers, method, smooth, batches=True)
+    gallery = _about_cases(heatmaps, cases, vocab, shown, path, phi, side, layer_words(learn) if layered else {},
+        choice and choice['layer'], scale)
+    at = gallery['at'] if layered else None
+    words = shown_words(learn, method, at)
+    passport = _trust(learn, df, path, cls, at, method, smooth, f'{words}.')
+    return gallery | dict(method=words, why=choice['reason'] if choice else ''), passport
 
 # %% ../nbs/api/34_report.ipynb #rep00014
 def report(
@@ -238,29 +277,19 @@ def report(
 ) -> Path:                     # `fn`
     """One HTML file that needs nothing else: data, split, metrics with intervals, subgroups with warnings, and a
     gallery of cases with heatmaps. Written whole or not at all. Raises ValueError as `evaluate` and `attribute` do."""
-    choice = chosen(learn) if method is None and layers is None else None
-    smooth = shown_smooth(learn, method, layers, smooth, scale)
-    method, _ = shown_by(learn, method, layers)
-    layered, asked, items = attribution(method).layered, items, as_findings(learn, items)
+    asked, items = items, as_findings(learn, items)
     df, bad = readable_predictions(learn, items, progress)
     vocab = prediction_classes(df)
     positives = positive_classes(vocab, is_multi(df.label), positive)
     if items is not asked: positives, df = _findings(df, positives)
     shown = positives[0] if len(positives) == 1 else None # the class of which maps and scores are shown first
     results = [_result(df, cls, threshold, vocab) for cls in positives] if df.label.notna().all() else []
-    picked, chosen_cases = _pick_cases(df, n, phi)
-    cases = picked[['file', 'label', 'patient', 'loss']].assign(scores=class_scores(picked).to_dict('records'),
-        predicted=_predicted(df, vocab, results))
-    if layers is None and layered: layers = late_stages(learn, 3)
-    if choice:
-        layers = list(dict.fromkeys([*layers, choice['layer']]))
-        chosen_cases += f" Heatmaps by {method}, first of layer {choice['layer']}; {choice['reason']}."
-    heatmaps = attribute(learn, picked.file.tolist(), vocab, layers, method, smooth, batches=True)
-    gallery = _about_cases(heatmaps, cases, vocab, shown, path, phi, side, choice and choice['layer'], scale)
-    trust = _trust(learn, df, path, shown or positives[-1], gallery['at'] if layered else None, method, smooth)
-    html = html_page('report.html.jinja', title=title or 'Report of an X-ray classifier', method=method, vocab=vocab,
-        phi=phi, side=side, chosen=chosen_cases, skipped=_left_out(learn, items, bad, phi), passport=trust,
-        **_about_data(learn, df, items), **gallery,
+    cases, says = _cases(df, n, phi, vocab, shown, results)
+    gallery, passport = _maps(learn, df, cases, vocab, shown or positives[-1], shown, layers, method, smooth, scale,
+        path, phi, side)
+    html = html_page('report.html.jinja', title=title or 'Report of an X-ray classifier', vocab=vocab, phi=phi,
+        side=side, chosen=says, skipped=_left_out(learn, items, bad, phi), passport=passport, **gallery,
+        **_about_data(learn, df, items),
         **_about_results(df, learn.dls.setup.table if items is None else df, vocab, results))
     with whole(fn) as part: part.write_text(html, encoding='utf-8')
     return Path(fn)

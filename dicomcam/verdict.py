@@ -7,7 +7,7 @@ Docs: https://dicomcam.github.io/dicomcam/api/verdict.html.md"""
 # %% auto #0
 __all__ = ['BASELINES', 'summed', 'Say', 'row_of', 'judged']
 
-# %% ../nbs/api/33d_verdict.ipynb #3445e8b9
+# %% ../nbs/api/33d_verdict.ipynb #5d03aa21
 from typing import NamedTuple
 
 import pandas as pd
@@ -90,10 +90,14 @@ def _rivals(table, measure):
     "Name -> row of each baseline."
     return {name: row for name in BASELINES if (row := row_of(table, measure, name)) is not None}
 
+def _ends(row, digits=2, times=1):
+    "' (0.29 to 0.51)', or nothing where that is not known."
+    if pd.isna([row.low, row.high]).any(): return ''
+    return f' ({times*row.low:.{digits}f} to {times*row.high:.{digits}f})'
+
 def _share(row):
     "'39 of 100 films (29 to 51)'"
-    low, high = (f'{100*o:.0f}'.replace('nan', '?') for o in (row.low, row.high))
-    return f'{100*row.value:.0f} of 100 films ({low} to {high})'
+    return f'{100*row.value:.0f} of 100 films{_ends(row, 0, 100)}'
 
 def _sorted_out(table, measure):
     "Baselines that are better than the heatmap, and those that may be as good: each name -> row, the best first."
@@ -148,7 +152,7 @@ def _says_outline(table):
     "May their outline be read?"
     row, best = row_of(table, 'chexlocalize_miou'), row_of(table, 'chexlocalize_miou', 'reachable')
     if row is None or row.patients < _FEWEST: return []
-    says = f'bright region and lesion overlap by {row.value:.2f} ({row.low:.2f} to {row.high:.2f}) of what they cover'
+    says = f'bright region and lesion overlap by {row.value:.2f}{_ends(row)} of what they cover'
     if best is not None: says += f'; a map that knows the lesion reaches {best.value:.2f} on the same grid'
     if row.low >= .5: return [Say('outline', True, f'Their outline is near that of the lesion: {says}.')]
     if row.high < .5: return [Say('outline', False, f'Do not read their outline as that of the lesion: {says}.')]
@@ -185,7 +189,7 @@ def _says_drawn(table):
     "Do they show what was learnt?"
     row, other = row_of(table, 'drawn_spearman'), row_of(table, 'drawn_spearman', 'another film')
     if row is None or row.patients < _FEWEST or not row.value == row.value: return []
-    says = f'with all weights drawn anew the rank correlation is {row.value:.2f} ({row.low:.2f} to {row.high:.2f})'
+    says = f'with all weights drawn anew the rank correlation is {row.value:.2f}{_ends(row)}'
     if other is not None: says += f', between maps of two films {other.value:.2f}'
     if row.high < .5: return [Say('drawn', True, f'They show what the network has learnt: {says}.')]
     if row.low > .5: return [Say('drawn', False, f'They show the film, and not what the network has learnt: {says}.')]
@@ -204,12 +208,12 @@ def _says_repeats(table):
     "Does another training show the same, and which maps are better left unread?"
     row, left, says = row_of(table, 'repeat_correlation'), row_of(table, 'misses_left'), []
     if row is None or row.patients < _FEWEST: return []
-    text = f'the maps of two trainings correlate by {row.value:.2f} ({row.low:.2f} to {row.high:.2f})'
+    text = f'the maps of two trainings correlate by {row.value:.2f}{_ends(row)}'
     good = True if row.low >= .8 else False if row.high < .5 else None
     first = {True: 'Another training shows the same', False: 'Another training shows another map'}
     says = [Say('repeats', good, f'{first.get(good, "Another training shows something like it")}: {text}.')]
     if left is None or left.patients < _FEWEST: return says
-    text = f'of the misses {100*left.value:.0f} in 100 ({100*left.low:.0f} to {100*left.high:.0f}) remain'
+    text = f'of the misses {100*left.value:.0f} in 100{_ends(left, 0, 100)} remain'
     return [*says, Say('unread', True if left.high < .5 else None, 'If the fifth of the films is left unread on which '
         f'the trainings agree least, {text}.')]
 

@@ -94,6 +94,12 @@ def test_deletion_and_road_have_to_agree():
     road = dict(heatmap=.5, prior=.1, noise=0.), dict(heatmap=0., prior=.1, noise=.2)
     assert [said(deletion=d, road=r)['follows'].good for d, r in ((GOOD, road[0]), (BAD, road[1]), (GOOD, road[1]), (BAD, road[0]))] == [True, False, None, None]
 
+def test_an_interval_that_is_not_known_is_not_said():
+    v = values_of(1, pointing=pointing(1))
+    assert '100 of 100 films; 1 films' in str(Passport.of(v, 'x')) or 'of 100 films (' in str(Passport.of(v, 'x'))
+    same = said(20, pointing=pointing(10), drawn_spearman=dict(heatmap=20)) # a correlation of 1 throughout
+    assert '?' not in str(same) and 'nan' not in str(same)
+
 def test_several_trainings():
     "Alike or not; and where they disagree most, the misses are: 20 of 100 films, all of them unread, or none"
     assert [said(repeat_correlation=dict(heatmap=v))['repeats'].good for v in (.95, .65, .2)] == [True, None, False]
@@ -248,7 +254,7 @@ def texts(fn): return re.sub(r'\s+', ' ', re.sub(r'<[^>]*>', ' ', re.sub(r'(?s)<
 def test_report_says_it_above_the_cases(tiny_learner, folder, tmp_path):
     "Of the heatmaps that are shown first"
     t = texts(report(tiny_learner, fn=tmp_path/'r.html', n=3, path=folder))
-    assert 0 < t.index('What may be said of the heatmaps') < t.index('They point into the lesion in') < t.index('Sort by')
+    assert 0 < t.index('In short') < t.index('They point into the lesion in') < t.index('Sort by') < t.rindex('They point into the lesion in')
     shown = passport(tiny_learner, masks=folder, faithful=0)
     assert shown.verdict[1].text in t
 

@@ -23,6 +23,7 @@ from dicomcam.folder import found_files, result_names, write_heatmaps
 from dicomcam.pictures import heat_uri, outline_path, plot_uri
 from dicomcam.plots import plot_confusion, plot_scores, plot_subgroups
 from dicomcam.read import read_dicom
+from dicomcam.scale import HeatScale
 from dicomcam.share import overlay, report, save_sc, save_seg
 from dicomcam.summary import is_phi
 from dicomcam.text import for_figure
@@ -320,12 +321,12 @@ def embedded(html): return [base64.b64decode(o) for o in re.findall(r'base64,([A
 def test_report_holds_what_it_should(html, learn, folder):
     t = texts(html)
     for o in ('Not a medical device', '30 images of', 'were in the training set too', 'Sensitivity', 'Calibration error', '95 % interval', 'PatientSex', 'AUC of the element alone',
-              '12 of 30 images: the 6 of largest loss', 'What this cannot show', 'each map by its own maximum'): assert o in t, o
+              '12 of 30 images: the 6 of largest loss', 'What this cannot show', 'each map by its own maximum', 'In short', 'xresnet18, 64 pixels', 'Layer-CAM of the last stage but', 'is too small to say anything of'): assert o in t, o
     s = html.read_text()
     for o in 'ROC; AUC', 'Precision and recall', 'Confusion matrix', 'Reliability', 'Scores', 'ROC AUC by group': assert f'alt="{o}' in s, o
     figures = evaluate(predictions(learn, label_table(folder)))
     for k in 'auc', 'sensitivity', 'brier': assert f'{figures[k]["value"]:.2f} {figures[k]["low"]:.2f} to {figures[k]["high"]:.2f}' in t, k
-    assert 0 < s.count('class="wrong"') == t.count('(wrong)') == s.count('data-wrong="yes"') and 'class=&' not in s
+    assert 0 < s.count('class="wrong"') == t.count('(missed)')+t.count('(false alarm)') == s.count('data-wrong="yes"') and 'class=&' not in s
     assert s.count('class="heat"') == 12*2*2 and s.count('<li class="case"') == 12
     assert s.count('class="outline"') == sum(o in {f.stem for f in (folder/'masks').glob('*.png')} for o in picked(learn, folder, 12))
 
@@ -334,6 +335,26 @@ def picked(learn, folder, n): return [o.stem for o in report_._pick_cases(predic
 def test_report_of_the_validation_set(learn, folder, tmp_path):
     t = texts(report(learn, fn=tmp_path/'r.html', layers='5', n=3))
     assert 'so no patient is on both sides' in t and 'training No Pneumothorax' in t and '3 of' in t and 'cyan' not in t
+
+def test_report_says_first_what_counts(html, learn, folder):
+    "Data, model, AUC, sensitivity and specificity with counts, heatmaps: before the cases; the warning beside them; then the details"
+    t, m = texts(html), evaluate(predictions(learn, label_table(folder)))
+    y = (label_table(folder).label == 'Pneumothorax').sum()
+    def known(k): return f'{m[k]["value"]:.2f} ({m[k]["low"]:.2f} to {m[k]["high"]:.2f})'
+    first = t[t.index('In short'):t.index('Cases', t.index('In short'))]
+    for o in (f'ROC AUC {known("auc")}', f'sensitivity {known("sensitivity")}, {round(m["sensitivity"]["value"]*y)} of {y}', f'specificity {known("specificity")}, {round(m["specificity"]["value"]*(30-y))} of {30-y}',
+              'from a probability of 0.50 on', '30 images of', 'They point into the lesion in', 'were in the training set too'): assert o in first, o
+    places = [t.index(o) for o in ('In short', 'A heatmap tells where, coarsely, and not why', 'Sort by', 'What may be said of the heatmaps Open', 'Beside each metric', 'PatientSex', 'What this cannot show') if o in t]
+    assert places == sorted(places) and len(places) > 5
+    assert ' ?' not in t and '– to' not in t and 'to –' not in t and not re.search(r'\b[Ff]igures?\b', t) and 'layercam' not in t
+
+def test_groups_of_few_patients_are_not_drawn(learn, folder):
+    "Nor is an AUC said of them"
+    df = predictions(learn, label_table(folder))
+    g = report_._group(df, df, 'Pneumothorax')
+    few = [o for o in g['rows'] if o['few']]
+    assert few and all(o['patients'] < 10 for o in few) and all(o['patients'] >= 10 for o in g['rows'] if not o['few'])
+    for o in g['rows']: assert (f'{o["element"]} {o["value"]} ' in base64.b64decode(g['plots'][0]['uri'].split(',')[1]).decode()) == (not o['few'] and o['auc'] == o['auc'])
 
 def test_report_carries_no_phi(html, learn, folder, tmp_path):
     said = [texts(html), html.read_text(), *(o.decode('latin1') for o in embedded(html))]
@@ -354,7 +375,7 @@ def test_images_that_name_the_patient_stay_out(learn, folder, tmp_path):
 def test_report_without_labels(learn, folder, tmp_path):
     save_model(learn, tmp_path/'m.safetensors')
     t = texts(report(load_model(tmp_path/'m.safetensors'), label_table(folder).file[:2].tolist(), tmp_path/'r.html'))
-    assert 'These images have no labels' in t and 'is not known here' in t and 'Sensitivity' not in t and 'Label –' in t
+    assert 'These images have no labels' in t and 'is not known here' in t and 'Sensitivity' not in t and 'sensitivity' not in t and 'Label –' in t
 
 def test_report_of_one_class(learn, folder, tmp_path):
     df = label_table(folder)
@@ -461,6 +482,32 @@ def page(browser, html, request):
     page.close()
     assert not bad
 
+@pytest.fixture(scope='module')
+def scaled(learn, folder, tmp_path_factory):
+    "A report of a model that has a scale for all films"
+    learn.heat_scale = HeatScale(1e-4, 1e3, 'Pneumothorax', '5', 'layercam', 20, 20)
+    try: return report(learn, label_table(folder), tmp_path_factory.mktemp('report')/'report.html', ['4', '5'], 'layercam', path=folder, n=4)
+    finally: del learn.heat_scale
+
+def test_one_scale_or_each_by_its_own_maximum(browser, scaled):
+    "Of what the scale is of; the other maps stay as they are, and say so"
+    page = browser.new_page()
+    page.set_default_timeout(120_000)
+    page.goto(scaled.as_uri())
+    page.locator('#all-layer').select_option(index=1)
+    def said(): return page.evaluate("[...document.querySelectorAll('.said:not([hidden])')].map(o => o.textContent)")
+    def maps(): return page.evaluate("[...document.querySelectorAll('img.heat')].map(o => o.src)")
+    before, words = maps(), said()
+    assert set(words) <= {'', 'nothing here speaks for Pneumothorax'} and 'on one scale for all cases (Pneumothorax, last stage but two (layer 5))' in page.locator('main').inner_text()
+    page.locator('#scale').select_option('own')
+    after = maps()
+    assert said() == ['by its own maximum']*4 and 0 < sum(a != b for a, b in zip(before, after)) <= 4
+    page.locator('#scale').select_option('all')
+    assert maps() == before and said() == words
+    page.locator('#all-layer').select_option(index=0)
+    assert said() == ['by its own maximum']*4
+    page.close()
+
 def case(page):
     "A case with four different maps"
     i = page.evaluate("[...document.querySelectorAll('.case')].findIndex(c => new Set([...c.querySelectorAll('.heat')].map(o => o.src)).size == 4)")
@@ -507,6 +554,11 @@ def test_sorting_and_showing(page):
     assert page.locator('#status').text_content() == f'{n} of 12 cases' and page.locator('.case:visible').count() == n < 12
     page.locator('#show').select_option('wrong no')
     assert values(page, 'label') == values(page, 'predicted')
+    for outcome, label in (('missed', 'Pneumothorax'), ('false alarm', 'No Pneumothorax')):
+        page.locator('#show').select_option(f'outcome {outcome}')
+        assert all(l == label != p for l, p in zip(values(page, 'label'), values(page, 'predicted')))
+        page.locator('#show').select_option('')
+        assert len(values(page, 'label')) == 12
 
 def test_all_cases_at_once(page):
     page.locator('#all-opacity').fill('10')
@@ -521,7 +573,7 @@ def test_all_cases_at_once(page):
 
 def test_by_keyboard_alone(page):
     order, focus = values(page, 'no'), "document.activeElement.id || document.activeElement.className"
-    for _ in range(30):
+    for before in range(30):
         page.keyboard.press('Tab')
         if page.evaluate(focus) == 'sort': break
     page.keyboard.press('End')
@@ -533,19 +585,29 @@ def test_by_keyboard_alone(page):
         if reached[-1] == 'enlarge': page.keyboard.press('Enter')
         if reached[-1] == 'opacity': page.keyboard.press('Home'); break
     assert reached == ['show', 'all-cls', 'all-layer', 'all-opacity', 'outlines', 'enlarge', 'cls', 'layer', 'opacity']
+    assert before+reached.index('enlarge') <= 12 # tab stops before the first case
     first = page.locator('.case').first
     assert first.locator('.opacity').input_value() == '0' and first.locator('.heat:not([hidden])').evaluate('o => o.style.opacity') == '0'
     assert 'wide' in first.get_attribute('class') and first.locator('.enlarge').get_attribute('aria-pressed') == 'true'
     assert page.evaluate("getComputedStyle(document.querySelector('.case .opacity')).outlineStyle") == 'solid' # where the focus is can be seen
 
-@pytest.mark.parametrize('page', [dict(viewport=dict(width=w, height=700), color_scheme=s) for w in (360, 1200) for s in ('light', 'dark')], indirect=True)
+@pytest.mark.parametrize('page', [dict(viewport=dict(width=w, height=700), color_scheme=s) for w in (390, 1280) for s in ('light', 'dark')], indirect=True)
 def test_light_dark_phone_and_desk(page, request):
     want = request.node.callspec.params['page']
     assert page.evaluate('document.documentElement.scrollWidth') <= want['viewport']['width']
+    cells = page.evaluate("[...document.querySelectorAll('td')].map(o => { const r = o.getBoundingClientRect(); return [r.left, r.right, r.width] })")
+    assert cells and all(0 <= left and right <= want['viewport']['width'] and width > 0 for left, right, width in cells) # no column is lost
     page.locator('.enlarge').first.click()
     assert page.evaluate('document.documentElement.scrollWidth') <= want['viewport']['width']
     ink, ground = [np.mean([int(o) for o in re.findall(r'\d+', page.evaluate(f'getComputedStyle(document.body).{k}'))][:3]) for k in ('color', 'backgroundColor')]
     assert (ink < 60 and ground > 200) if want['color_scheme'] == 'light' else (ink > 200 and ground < 60)
+
+@pytest.mark.parametrize('page', [dict(color_scheme='dark')], indirect=True)
+def test_on_paper(page):
+    "Dark on light, no controls, and tables as tables"
+    page.emulate_media(media='print')
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == 'rgb(255, 255, 255)' and page.locator('select:visible, button:visible, nav:visible').count() == 0
+    assert page.evaluate("getComputedStyle(document.querySelector('td')).display") == 'table-cell' and page.pdf(format='A4')[:4] == b'%PDF'
 
 def test_names_for_those_who_cannot_see(page):
     assert page.evaluate("[...document.querySelectorAll('img')].every(o => o.alt)")
