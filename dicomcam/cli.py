@@ -415,8 +415,11 @@ def report(model, folder, labels, by, method, smooth, layer, positive, held_out,
 @click.option('--also', multiple=True, metavar='MODEL',
     help='Another training of MODEL, or several: do their heatmaps show the same?')
 @click.option('--json', 'beside', is_flag=True, help='Also write verdict and table as JSON, beside the HTML file.')
+@click.option('--films', default=3, show_default=True, type=click.IntRange(0),
+    help='Most images whose mean map and disagreement are shown.')
 @_out('passport.html', 'HTML file to write.')
-def passport(model, folder, labels, by, method, smooth, layer, positive, held_out, faithful, also, beside, out, force):
+def passport(model, folder, labels, by, method, smooth, layer, positive, held_out, faithful, also, films, beside, out,
+    force):
     """What may be said of MODEL's heatmaps, and what not: on the labelled images of FOLDER, where masks/ or boxes.csv
     know the lesions.
 
@@ -430,7 +433,8 @@ def passport(model, folder, labels, by, method, smooth, layer, positive, held_ou
         from dicomcam.models import load_model
         learn, table = _model_and_table(model, folder, labels, by, held_out)
         others = [load_model(o) for o in also]
-        told = made(learn, table, folder, positive, layer, method, faithful=faithful, smooth=smooth, others=others)
+        told = made(learn, table, folder, positive, layer, method, faithful=faithful, smooth=smooth, others=others,
+            pictures=films)
         told.to_html(part)
         if json_part: told.to_json(json_part)
     for say in told.verdict: _tell(say.text)

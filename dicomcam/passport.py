@@ -16,20 +16,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import Self
 
-import pandas as pd
+import numpy as np, pandas as pd
 from fastai.learner import Learner
 from jinja2 import Environment, PackageLoader
 
 from . import __version__
 from .files import whole
 from .text import for_terminal
+from .read import read_dicom
 from .plots import plot_forest
 from .prior import LesionPrior
 from .choice import chosen, late_stages, shown_by
-from .pictures import plot_uri
+from .methods import METHODS
+from .attribution import attribute
+from .repeat import map_copies, map_spread, trust_signals
+from .pictures import figure_uri, plot_uri
 from .figures import FIGURES, published
-from .measured import as_findings, finding_of, passport_values
-from .verdict import judged, row_of, summed
+from .measured import as_findings, files_of, finding_of, mask_finder, passport_values
+from .verdict import FEWEST, judged, row_of, summed
 
 # %% ../nbs/api/33e_passport.ipynb #2bd6c5ab
 def html_page(
@@ -55,7 +59,7 @@ def _forest(table, measure, cls):
     "For `plot_forest`: these heatmaps on each set of films, the maps beside them, what is published of the finding."
     rows = {f'heatmaps, {words.lower()}': row_of(table, measure, films=films) for films, words in _SETS.items()}
     rows |= {name.lower(): row_of(table, measure, o) for o, name in _BESIDE.items()}
-    known = {name: (o.value, o.low, o.high) for name, o in rows.items() if o is not None}
+    known = {name: (o.value, o.low, o.high) for name, o in rows.items() if o is not None and o.patients >= FEWEST}
     others = published(cls)
     for o in others[others.measure == measure].itertuples(): known[f'{o.map}, published'] = o.value, o.low, o.high
     return pd.DataFrame.from_dict(known, 'index', columns=['value', 'low', 'high']).astype(float).rename_axis('map')
@@ -74,7 +78,7 @@ def _lines(table, cls, figures):
         cells=[row_of(table, m, name) for name in ('heatmap', *_BESIDE)])
         for m in figures if row_of(table, m) is not None]
 
-# %% ../nbs/api/33e_passport.ipynb #c8c61d9d
+# %% ../nbs/api/33e_passport.ipynb #bd1c11c1
 _METHODS = {'cam': 'CAM', 'gradcam': 'Grad-CAM', 'gradcam++': 'Grad-CAM++', 'xgradcam': 'XGrad-CAM',
     'hirescam': 'HiResCAM', 'layercam': 'Layer-CAM', 'eigencam': 'Eigen-CAM', 'scorecam': 'Score-CAM',
     'ablationcam': 'Ablation-CAM'}
@@ -102,6 +106,7 @@ class _Verdict:
     values:pd.DataFrame # From `passport_values`, of one network or of the folds of several
     cls:str             # The lesions' class
     made:str=''         # How the heatmaps were made, in a sentence
+    maps:tuple=()       # For the page: pictures of a few films, as `dict(uri, says)`
 
     @classmethod
     def of(cls,
@@ -137,7 +142,7 @@ class Passport(_Verdict):
     ) -> dict:
         "For the templates."
         says, table = self.verdict, self.table
-        forests = {m: _forest(table, m, self.cls) for m in plots if row_of(table, m) is not None}
+        forests = {m: o for m in plots if row_of(table, m) is not None and len(o := _forest(table, m, self.cls))}
         known = tuple(name.lower() for name in _BESIDE.values())
         drawn = [plot_uri(plot_forest, o, size=(6, 1+.25*len(o)), title=FIGURES[m].name, grey=known)
             for m, o in forests.items()]
@@ -145,9 +150,10 @@ class Passport(_Verdict):
         by_set = [dict(name=FIGURES[m].name, cells=[row_of(table, m, films=o) for o in sets])
             for m in FIGURES if row_of(table, m) is not None]
         others = published(self.cls) if len(published(self.cls)) else published()
-        return dict(says=says, films=_films_text(self.values), made=self.made, plots=drawn, beside=_BESIDE,
+        return dict(says=says, films=_films_text(self.values), made=self.made, maps=self.maps, plots=drawn,
+            beside=_BESIDE,
             lines=_lines(table, self.cls, figures), sets=[_SETS[o] for o in sets], by_set=by_set,
-            figures=FIGURES.values(),
+            figures=FIGURES.values(), fewest=FEWEST,
             published=others.assign(name=[FIGURES[m].name for m in others.measure]).to_dict('records'))
 
     def to_html(self,
@@ -172,6 +178,24 @@ class Passport(_Verdict):
 
     def _repr_html_(self): return html_page('verdict.html.jinja', passport=self.words(plots=()))
 
+# %% ../nbs/api/33e_passport.ipynb #b39bb4d1
+def _few(values, n):
+    "Up to `n` films with a known lesion, evenly spread, that name nobody."
+    known = values[values.measure == 'size'].film.unique()
+    told = [o for o in known if read_dicom(o, pixels=False).get('BurnedInAnnotation') != 'YES']
+    return [told[i] for i in np.unique(np.linspace(0, len(told)-1, min(n, len(told))).astype(int))]
+
+def _drawn(nets, file, mask, cls, layer, method, smooth):
+    "One film, its mean map and the disagreement, and how alike the maps are."
+    if len(nets) > 1: of, hs = 'trainings', [attribute(o, file, [cls], layer, method, smooth) for o in nets]
+    else: of, hs = 'copies', map_copies(nets[0], file, [cls], layer, method)
+    alike = trust_signals(hs, cls).likeness.item()
+    says = f'Mean map of {len(hs)} {of}, and where they disagree.'
+    if alike == alike: says += f' They correlate by {alike:.2f}.'
+    both = map_spread(hs, of)
+    both.mean.method = 'mean map'
+    return dict(uri=figure_uri(both.show(0, cls, mask=mask)), says=says)
+
 # %% ../nbs/api/33e_passport.ipynb #31326923
 def passport(
     learn:Learner,           # From `dicom_learner` or `load_model`
@@ -184,10 +208,14 @@ def passport(
     faithful:int=20,
     smooth:str|Callable|None=None,
     others:Sequence[Learner]=(),
+    pictures:int=3, # Most films whose mean map and disagreement are drawn; 0: none
 ) -> Passport:
     "What may be said of a network's heatmaps, and why. Raises ValueError as `passport_values` does."
     values = passport_values(learn, items, masks, cls, layer, method, prior, faithful, smooth, others)
     how, where = shown_by(learn, method, layer)
     made = f'Heatmaps: {shown_words(learn, how, where)}' + (', smoothed' if smooth else '')
     if method is None and layer is None: made += f"; {chosen(learn)['reason']}"
-    return Passport(values, finding_of(learn, as_findings(learn, items), cls), f'{made}.')
+    cls, mask_of = finding_of(learn, as_findings(learn, items), cls), mask_finder(masks, files_of(learn, items))
+    few = _few(values, pictures) if pictures and how in METHODS else []
+    maps = [_drawn([learn, *others], o, mask_of(o), cls, where, how, smooth) for o in few]
+    return Passport(values, cls, f'{made}.', tuple(maps))

@@ -32,6 +32,7 @@ from .heatmaps import nothing_speaks, read_mask
 from .attribution import attribute, attribution
 from .pictures import heat_uri, outline_path, photo_uri, plot_uri
 from .measured import as_findings, passport_values, readable_predictions
+from .verdict import FEWEST
 from .passport import Passport, html_page, layer_words, shown_words
 
 # %% ../nbs/api/34_report.ipynb #d2f51d21
@@ -105,18 +106,16 @@ def _result(df, positive, threshold, vocab):
         plot_uri(plot_scores, y, score, classes=names, threshold=at)]
     return metrics | dict(plots=plots, ill=int(y.sum()), well=int((~y).sum()))
 
-_FEWEST = 10 # patients that a group has to have
-
 def _group(df, table, positive):
     "For the template: results of one class by subgroup, and warnings of what the header gives away in `table`."
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
         groups = subgroups(df, positive=positive, table=table)
     if groups.empty: return None
-    groups = groups.assign(few=groups.patients < _FEWEST)
+    groups = groups.assign(few=groups.patients < FEWEST)
     drawn = groups[~groups.few & groups.auc.notna()]
     plots = [plot_uri(plot_subgroups, drawn, size=(6, .8+.3*len(drawn)))] if len(drawn) else []
-    return dict(positive=positive, rows=groups.reset_index().to_dict('records'), fewest=_FEWEST, plots=plots,
+    return dict(positive=positive, rows=groups.reset_index().to_dict('records'), fewest=FEWEST, plots=plots,
         warnings=[str(o.message) for o in caught if o.category is UserWarning])
 
 # %% ../nbs/api/34_report.ipynb #a701a139
@@ -232,7 +231,7 @@ def _trust(learn, df, path, cls, layer, method, smooth, made):
     values = passport_values(learn, films, partial(lesion_mask, path), cls, layer, method, faithful=0, smooth=smooth)
     return Passport.of(values, cls, made).words(('pointing',), ('pointing', 'mass', 'auprc'))
 
-# %% ../nbs/api/34_report.ipynb #eeb63b5f
+# %% ../nbs/api/34_report.ipynb #409d57bc
 def _cases(df, n, phi, vocab, shown, results):
     "The rows of the gallery, with what each was called and how that came out, and a sentence that says which they are."
     picked, says = _pick_cases(df, n, phi)

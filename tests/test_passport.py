@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from click.testing import CliRunner
 
-from dicomcam import measured as measured_, report as report_
+from dicomcam import measured as measured_, passport as passport_, report as report_
 from dicomcam.batches import dicom_dls
 from dicomcam.cli import main
 from dicomcam.data import lesion_mask
@@ -215,11 +215,33 @@ def test_page_and_json(values, tmp_path):
     text = re.sub(r'\s+', ' ', re.sub('<[^>]*>', ' ', html.split('</style>')[1]))
     for o in p.verdict: assert o.text in html.replace('&#39;', "'")
     for m in set(values.measure) & set(FIGURES): assert FIGURES[m].name in text
-    assert '://' not in html and '<script' not in html and 'U-Net' in text and 'by &lt;b&gt;hand' in text and html.count('<img') == 3
+    assert '://' not in html and '<script' not in html and 'U-Net' in text and 'by &lt;b&gt;hand' in text and html.count('<img') == (3 if p.table.patients['all', 'pointing', 'heatmap'] >= 10 else 1) # of few patients, what is published
     assert not [o for o in {*values.film.map(lambda o: o.name), *values.patient} if o in html]
     told = json.loads(p.to_json(tmp_path/'p.json').read_text(), parse_constant=pytest.fail)
     assert len(told['table']) == len(p.table) and told['verdict'][0]['text'] == p.verdict[0].text and not [o for o in set(values.patient) if o in str(told)]
     assert p._repr_html_().count('<li') == len(p.verdict)
+
+def test_groups_of_few_patients_are_too_few(tmp_path):
+    "Six of each size are not drawn, and nothing is said of them"
+    v = values_of(12, pointing=pointing(12), size=dict(lesion=.1))
+    v.loc[v.measure == 'size', 'value'] = np.arange(12)
+    p = Passport.of(v, 'x')
+    assert p.words()['sets'] == ['All lesions', 'In films called so', 'The smaller half', 'The larger half']
+    text = re.sub('<[^>]*>', ' ', p.to_html(tmp_path/'p.html').read_text().split('</style>')[1])
+    assert text.count('too few') == 2+1 and 'heatmaps, all lesions' in str(passport_._forest(p.table, 'pointing', 'x')) and 'smaller' not in str(passport_._forest(p.table, 'pointing', 'x').index)
+
+def test_mean_map_and_disagreement_of_a_few_films(tiny_learner, folder, monkeypatch, tmp_path):
+    "Of copies of the film, or of several trainings; of no film that names the patient"
+    how = dict(masks=folder, faithful=0)
+    p = passport(tiny_learner, **how) # whose validation set has one ill film
+    assert len(p.maps) == 1 and all(o['uri'].startswith('data:image/jpeg') and o['says'].startswith('Mean map of 4 copies') for o in p.maps)
+    assert p.to_html(tmp_path/'p.html').read_text().count('and the disagreement"') == 1 and p._repr_html_().count('image/jpeg') == 0
+    both = passport(tiny_learner, **how, pictures=1, others=[tiny_learner])
+    assert both.maps[0]['says'] == 'Mean map of 2 trainings, and where they disagree. They correlate by 1.00.'
+    ill = pd.DataFrame(dict(measure='size', film=[o for o in label_table(folder).file if lesion_mask(folder, o) is not None]))
+    assert passport_._few(ill, 2) == [ill.film.iloc[0], ill.film.iloc[-1]] and len(passport_._few(ill, 99)) == len(ill)
+    monkeypatch.setattr(passport_, 'read_dicom', lambda *args, **kw: dict(BurnedInAnnotation='YES'))
+    assert passport(tiny_learner, **how).maps == () == passport(tiny_learner, **how, pictures=0).maps
 
 # --- the command
 
@@ -234,7 +256,7 @@ def run(*args, status=0):
     return r
 
 def test_command(folder, model, tmp_path):
-    r = run('passport', model, folder, '--held-out', '--faithful', 0, '--also', model, '--json', '--out', tmp_path/'p.html')
+    r = run('passport', model, folder, '--held-out', '--faithful', 0, '--also', model, '--films', 0, '--json', '--out', tmp_path/'p.html')
     said = json.loads((tmp_path/'p.json').read_text())['verdict']
     assert r.stdout.splitlines()[1:-1] == [o['text'] for o in said] and 'p.html' in r.stdout.splitlines()[-1]
     assert sorted(o.name for o in tmp_path.iterdir()) == ['p.html', 'p.json'] and 'other trainings' in (tmp_path/'p.html').read_text()
