@@ -175,7 +175,7 @@ def _given(recipe): return {k: v for k, v in recipe.items() if v is not None} # 
 
 # %% ../nbs/api/37_cli.ipynb #d158c8bf
 _LAYER = ("Layer, by name or by number among the network's children, -6 say; "
-    'by default, without --method too, the one that showed lesions best in training.')
+    'by default the one that showed lesions best in training.')
 
 def _layer(text): return int(text) if text.lstrip('-').isdigit() else text
 
@@ -285,14 +285,13 @@ def _engine(model, method, smooth, layer, cls, scale):
     import torch
     from dicomcam.absolute import shown_smooth
     from dicomcam.attribution import attribute, attribution
-    from dicomcam.choice import shown_by
-    from dicomcam.layers import fine_stage
+    from dicomcam.choice import chosen, shown_by
     from dicomcam.models import load_model
     learn = load_model(model)
     smooth = shown_smooth(learn, method, layer, smooth, scale)
     method, layer = shown_by(learn, method, layer)
-    layers = fine_stage(learn) if layer is None and attribution(method).layered else layer
-    maps = partial(attribute, learn, layers=layers, method=method, smooth=smooth)
+    if layer is None and attribution(method).layered: layer = chosen(learn)['layer']
+    maps = partial(attribute, learn, layers=layer, method=method, smooth=smooth)
     size = learn.dls.setup.size
     h = maps(torch.zeros(1, 1, size, size), classes=cls)
     if scale == 'absolute' and not h.scale:
@@ -392,7 +391,7 @@ def _model_and_table(model, folder, labels, by, held_out):
 @click.option('--phi', is_flag=True, help='Show names of files and patients.')
 @_out('report.html', 'HTML file to write.')
 def report(model, folder, labels, by, method, smooth, layer, positive, held_out, cases, phi, out, force):
-    """One HTML file on how good MODEL is on the labelled images of FOLDER, with figures, intervals and cases.
+    """One HTML file on how good MODEL is on the labelled images of FOLDER, with metrics, intervals and cases.
 
     \b
     Example: dicomcam report model.safetensors ~/other_hospital --out report.html
@@ -575,7 +574,7 @@ def serve(model, target, callers, queue, aet, ca, cert, key, timeout, method, sm
 @click.option('--phi', is_flag=True, help='Keep what may identify a patient, in the summary and in the report.')
 @_out('demo', 'Folder for the results.')
 def demo(data, by, seed, phi, out, force, **recipe):
-    """All of it on one folder: summary, classifier, figures, heatmaps, report.
+    """All of it on one folder: summary, classifier, metrics, heatmaps, report.
 
     \b
     Example: dicomcam demo --data ~/xrays --out results

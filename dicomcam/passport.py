@@ -26,13 +26,13 @@ from .text import for_terminal
 from .read import read_dicom
 from .plots import plot_forest
 from .prior import LesionPrior
-from .choice import chosen, late_stages, shown_by
+from .choice import chosen, late_stages
 from .methods import METHODS
 from .attribution import attribute
 from .repeat import map_copies, map_spread, trust_signals
 from .pictures import figure_uri, plot_uri
 from .figures import FIGURES, published
-from .measured import as_findings, files_of, finding_of, mask_finder, passport_values
+from .measured import as_findings, files_of, finding_of, masks_of, passport_values, shown_at
 from .verdict import FEWEST, judged, row_of, summed
 
 # %% ../nbs/api/33e_passport.ipynb #2bd6c5ab
@@ -78,7 +78,7 @@ def _lines(table, cls, figures):
         cells=[row_of(table, m, name) for name in ('heatmap', *_BESIDE)])
         for m in figures if row_of(table, m) is not None]
 
-# %% ../nbs/api/33e_passport.ipynb #bd1c11c1
+# %% ../nbs/api/33e_passport.ipynb #6f50a061
 _METHODS = {'cam': 'CAM', 'gradcam': 'Grad-CAM', 'gradcam++': 'Grad-CAM++', 'xgradcam': 'XGrad-CAM',
     'hirescam': 'HiResCAM', 'layercam': 'Layer-CAM', 'eigencam': 'Eigen-CAM', 'scorecam': 'Score-CAM',
     'ablationcam': 'Ablation-CAM'}
@@ -97,7 +97,9 @@ def shown_words(
 ) -> str:
     "How heatmaps are made, in words."
     method = _METHODS.get(method, method.replace('_', ' '))
-    return method if layer is None else f'{method} of the {layer_words(learn).get(str(layer), f"layer {layer}")}'
+    if layer is None: return method
+    words = layer_words(learn).get(str(layer))
+    return f'{method} of the {words}' if words else f'{method} of layer {layer}'
 
 # %% ../nbs/api/33e_passport.ipynb #103551fe
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ class Passport(_Verdict):
 
     def _repr_html_(self): return html_page('verdict.html.jinja', passport=self.words(plots=()))
 
-# %% ../nbs/api/33e_passport.ipynb #b39bb4d1
+# %% ../nbs/api/33e_passport.ipynb #770022f0
 def _few(values, n):
     "Up to `n` films with a known lesion, evenly spread, that name nobody."
     known = values[values.measure == 'size'].film.unique()
@@ -212,10 +214,10 @@ def passport(
 ) -> Passport:
     "What may be said of a network's heatmaps, and why. Raises ValueError as `passport_values` does."
     values = passport_values(learn, items, masks, cls, layer, method, prior, faithful, smooth, others)
-    how, where = shown_by(learn, method, layer)
+    how, where = shown_at(learn, method, layer)
     made = f'Heatmaps: {shown_words(learn, how, where)}' + (', smoothed' if smooth else '')
     if method is None and layer is None: made += f"; {chosen(learn)['reason']}"
-    cls, mask_of = finding_of(learn, as_findings(learn, items), cls), mask_finder(masks, files_of(learn, items))
+    cls, mask_of = finding_of(learn, as_findings(learn, items), cls), masks_of(masks, files_of(learn, items))
     few = _few(values, pictures) if pictures and how in METHODS else []
     maps = [_drawn([learn, *others], o, mask_of(o), cls, where, how, smooth) for o in few]
     return Passport(values, cls, f'{made}.', tuple(maps))

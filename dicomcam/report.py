@@ -26,12 +26,12 @@ from .results import class_scores, evaluate, positive_scores, prediction_classes
 from .subgroups import subgroups
 from .plots import plot_calibration, plot_confusion, plot_pr, plot_roc, plot_scores, plot_subgroups
 from .absolute import shown_smooth
-from .choice import chosen, late_stages, shown_by
+from .choice import chosen, late_stages
 from .layers import first_fine
 from .heatmaps import nothing_speaks, read_mask
 from .attribution import attribute, attribution
 from .pictures import heat_uri, outline_path, photo_uri, plot_uri
-from .measured import as_findings, passport_values, readable_predictions
+from .measured import as_findings, passport_values, readable_predictions, shown_at
 from .verdict import FEWEST
 from .passport import Passport, html_page, layer_words, shown_words
 
@@ -231,7 +231,7 @@ def _trust(learn, df, path, cls, layer, method, smooth, made):
     values = passport_values(learn, films, partial(lesion_mask, path), cls, layer, method, faithful=0, smooth=smooth)
     return Passport.of(values, cls, made).words(('pointing',), ('pointing', 'mass', 'auprc'))
 
-# %% ../nbs/api/34_report.ipynb #409d57bc
+# %% ../nbs/api/34_report.ipynb #86a4d6c5
 def _cases(df, n, phi, vocab, shown, results):
     "The rows of the gallery, with what each was called and how that came out, and a sentence that says which they are."
     picked, says = _pick_cases(df, n, phi)
@@ -242,19 +242,19 @@ def _cases(df, n, phi, vocab, shown, results):
 
 def _maps(learn, df, cases, vocab, cls, shown, layers, method, smooth, scale, path, phi, side):
     "For the template: the gallery, and what the passport says of the maps of `cls` that are shown first."
-    choice = chosen(learn) if method is None and layers is None else None
+    why = chosen(learn)['reason'] if method is None and layers is None else ''
     smooth = shown_smooth(learn, method, layers, smooth, scale)
-    method, _ = shown_by(learn, method, layers)
+    method, first = shown_at(learn, method, layers)
     layered = attribution(method).layered
-    if layers is None and layered: layers = late_stages(learn, 3)
-    if choice: layers = list(dict.fromkeys([*layers, choice['layer']]))
+    if layers is not None: first = None
+    elif layered: layers = list(dict.fromkeys([*late_stages(learn, 3), first]))
     heatmaps = attribute(learn, cases.file.tolist(), vocab, layers, method, smooth, batches=True)
     gallery = _about_cases(heatmaps, cases, vocab, shown, path, phi, side, layer_words(learn) if layered else {},
-        choice and choice['layer'], scale)
+        first, scale)
     at = gallery['at'] if layered else None
     words = shown_words(learn, method, at)
     passport = _trust(learn, df, path, cls, at, method, smooth, f'{words}.')
-    return gallery | dict(method=words, why=choice['reason'] if choice else ''), passport
+    return gallery | dict(method=words, why=why), passport
 
 # %% ../nbs/api/34_report.ipynb #rep00014
 def report(

@@ -11,7 +11,7 @@ from dicomcam.cli import main
 from dicomcam.data import lesion_mask
 from dicomcam.figures import FIGURES, published
 from dicomcam.labels import label_table
-from dicomcam.measured import as_findings, readable_predictions
+from dicomcam.measured import as_findings, readable_predictions, shown_at
 from dicomcam.models import save_model
 from dicomcam.passport import Passport, passport, passport_values
 from dicomcam.report import report
@@ -196,6 +196,16 @@ def test_the_same_network_twice(tiny_learner, folder):
     means = v.groupby('measure').value.mean()
     assert means.repeat_ssim == pytest.approx(1) and means.repeat_correlation == pytest.approx(1)
     assert {'misses_left', 'repeat_ssim'} <= set(Passport.of(v, 'x').table.loc['all'].index.get_level_values('measure'))
+
+def test_a_method_named_alone_is_judged_where_lesions_showed_best(folder, tmp_path, monkeypatch):
+    "By the passport, the report and explain alike"
+    from dicomcam.cli import _engine
+    learn = make_tiny(dicom_dls(folder, size=64))
+    learn.choice = dict(layer='1', method='hirescam', reason='by hand')
+    assert [shown_at(learn), shown_at(learn, 'gradcam'), shown_at(learn, layer='2')] == [('hirescam', '1'), ('gradcam', '1'), ('gradcam', '2')] and shown_at(learn, 'occlusion') == ('occlusion', None)
+    monkeypatch.setattr('dicomcam.models.load_model', lambda fn: learn)
+    assert [_engine('m', how, None, None, None, None)[2].split(',')[0] for how in (None, 'gradcam')] == ['1', '1']
+    assert passport(learn, label_table(folder).iloc[:2], method='gradcam', faithful=0).made == 'Heatmaps: Grad-CAM of layer 1.'
 
 def test_masks_of_another_number(tiny_learner):
     with pytest.raises(ValueError, match='but 2 masks'): passport_values(tiny_learner, masks=[None, None])
