@@ -13,6 +13,7 @@ from pathlib import Path
 warnings.simplefilter('ignore')
 from pynetdicom import AE, AllStoragePresentationContexts, evt
 
+from dicomcam.apart import Apart
 from dicomcam.archive import peer
 from dicomcam.attribution import attribute
 from dicomcam.dimse import DicomPeer
@@ -36,16 +37,26 @@ def seconds(f):
     result = f()
     return time.perf_counter()-start, result
 
+def explainer(model):
+    "What explains files, ready to do so, in the process apart that the command has as well"
+    import torch
+    learn = load_model(model)
+    maps = partial(attribute, learn)
+    maps(torch.zeros(1, 1, learn.dls.setup.size, learn.dls.setup.size)) # what is loaded at first use
+    return maps, ''
+
 class Nobody:
     "Takes no answer: they are made and stay"
     def put(self, files): return ()
 
-def measured(model, files, address, folder):
-    "Films a second, by step"
+def measured(model, files, address, folder, here=False):
+    "Films a second, by step; explained in a process apart, or `here`"
     learn = load_model(model)
     maps = partial(attribute, learn)
     maps(files[:1]) # what is loaded at first use
-    node = Node(FilmQueue(folder/'queue', 0), maps, Nobody(), ['BENCHMARK'], ['benchmark'], port=0, quiet=0, log=lambda _: None)
+    apart = Apart(partial(explainer, model), 600)
+    apart.start()
+    node = Node(FilmQueue(folder/'queue', 0), maps if here else apart, Nobody(), ['BENCHMARK'], ['benchmark'], port=0, quiet=0, log=lambda _: None)
     with listening(node) as port: received, sent = seconds(lambda: list(DicomPeer('DICOMCAM', '127.0.0.1', port, 'BENCHMARK').put(files)))
     if any(o.error for o in sent): raise SystemExit(next(o.error for o in sent if o.error))
     def explain():
@@ -65,7 +76,8 @@ if __name__ == '__main__':
     p.add_argument('folder')
     p.add_argument('--to', help='address of an archive, as for dicomcam send')
     p.add_argument('--n', type=int, default=50)
+    p.add_argument('--here', action='store_true', help='explain in this process, without a limit on its time')
     args = p.parse_args()
     files = list(islice(find_dicoms(args.folder), args.n))
     with tempfile.TemporaryDirectory() as d, archive() as address:
-        print(json.dumps(dict(machine=platform.machine(), films=len(files), per_second=measured(args.model, files, args.to or address, Path(d))), indent=1))
+        print(json.dumps(dict(machine=platform.machine(), films=len(files), per_second=measured(args.model, files, args.to or address, Path(d), args.here)), indent=1))

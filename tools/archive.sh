@@ -16,4 +16,4 @@ if [ ! -e $policy ]; then
 fi
 export DEBIAN_FRONTEND=noninteractive
 install() { timeout 300 apt-get install -y -q --no-install-recommends "${missing[@]}"; }
-install || { timeout 300 apt-get update -q && install; }
+install || { timeout 300 apt-get update -q && install; } || { echo "could not be installed: ${missing[*]}"; exit 1; }
