@@ -570,6 +570,14 @@ def test_yes_and_no_are_no_classes(cls):
         with pytest.raises(ValueError, match='No class .*there are 0, 1'): gradcam(TinyNet(), torch.rand(2, 1, 64, 64), **how)
     assert find_class(True, [False, True]) == 1 # where a class is called so
 
+def test_yes_and_no_ask_for_no_map():
+    h = gradcam(TinyNet(), torch.rand(2, 1, 64, 64))
+    for cls in True, False, np.True_:
+        for ask in h.cls, h.native, h.heat, h.boxes:
+            with pytest.raises(ValueError, match='No class (np.)?(True|False).*; there are 0, 1'): ask(0, cls)
+    h.classes = h.vocab = [False, True]
+    assert [h.cls(0, o) for o in (True, False)] == [1, 0]
+
 @pytest.mark.parametrize('mode', ['RGBA', 'LA', 'CMYK'])
 def test_an_image_of_four_channels(tiny_learner, mode):
     with pytest.raises(ValueError, match=r"\(rows, columns, 3\), not .*im.convert\('RGB'\)"): gradcam(tiny_learner, Image.new(mode, (64, 64)))
