@@ -16,6 +16,7 @@ from typing import Any
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from .heatmaps import Heatmaps, as_list
@@ -49,18 +50,59 @@ class _Scale(torch.autograd.Function):
         if weight is not None: res *= weight.view(per_channel) # one rounding after the other, as torch has it
         return res.to(g.dtype), None, None, None, None, None
 
-# %% ../nbs/api/29_gradcam.ipynb #13225b3c
-_FEW = 4 # images, for which torch's own batch norm is faster
+# %% ../nbs/api/29_gradcam.ipynb #94e6ec05
+class _Product(torch.autograd.Function):
+    "A convolution of one pixel. Back goes the gradient times the matrix of its weights, transposed."
+    generate_vmap_rule = True
 
-class _LeanNorm(TorchFunctionMode):
-    "Inside, batch norms in `eval` mode go by `_Scale`, unless their weights come out of the network itself."
+    @staticmethod
+    def forward(x, weight, bias): return F.conv2d(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output): ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx, g):
+        matrix = ctx.saved_tensors[0].flatten(1).t().to(g.dtype)
+        return (matrix @ g.flatten(2)).unflatten(2, g.shape[2:]), None, None
+
+# %% ../nbs/api/29_gradcam.ipynb #13225b3c
+def _lean_norm(x, mean, var, weight=None, bias=None, training=False, momentum=.1, eps=1e-5):
+    "`F.batch_norm` by `_Scale`; None: not such a one."
+    computed = any(o is not None and not o.is_leaf for o in (mean, var, weight, bias))
+    if training or computed or not x.requires_grad: return None
+    return _Scale.apply(x, mean, var, *(o if o is None else o.detach() for o in (weight, bias)), eps)
+
+def _lean_conv(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    "`F.conv2d` by `_Product`; None: not such a one."
+    if weight.shape[2:] != (1, 1) or groups != 1 or stride not in (1, (1, 1)) or padding not in (0, (0, 0)): return None
+    computed = weight.requires_grad or bias is not None and bias.requires_grad
+    if computed or not input.requires_grad or input.ndim != 4 or not input.is_cpu: return None
+    return _Product.apply(input, weight, bias) if input.dtype in (torch.float32, torch.float64) else None
+
+# %% ../nbs/api/29_gradcam.ipynb #5840fb95
+_FEW = 4 # images, for which torch's own way is faster
+
+class _Lean(TorchFunctionMode):
+    "Inside, batch norms in `eval` mode go by `_Scale`, and convolutions of one pixel by `_Product`."
+    def __init__(self):
+        super().__init__()
+        self.ways = {F.batch_norm: _lean_norm}
+        if not torch.is_autocast_enabled('cpu'): self.ways[F.conv2d] = _lean_conv
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is not F.batch_norm: return func(*args, **kwargs or {})
-        def norm(x, mean, var, weight=None, bias=None, training=False, momentum=.1, eps=1e-5):
-            computed = any(o is not None and not o.is_leaf for o in (mean, var, weight, bias))
-            if training or computed or not x.requires_grad: return func(*args, **kwargs or {})
-            return _Scale.apply(x, mean, var, *(o if o is None else o.detach() for o in (weight, bias)), eps)
-        return norm(*args, **kwargs or {})
+        way = self.ways.get(func)
+        made = way(*args, **kwargs or {}) if way else None
+        return func(*args, **kwargs or {}) if made is None else made
+
+def _shortens(trace, names):
+    "Do layers whose way back is shorter run after the earliest of those named?"
+    left = set(names)
+    for name in reversed(trace.seen):
+        if not left: return False
+        if isinstance(trace.model.get_submodule(name), (_BatchNorm, nn.Conv2d)): return True
+        left.discard(name)
+    return False
 
 # %% ../nbs/api/29_gradcam.ipynb #6a5db577
 def _wide(t): return t if t.dtype == torch.float64 else t.float()
@@ -132,12 +174,12 @@ class _GradCam:
     classes:Any=None    # As for `gradcam`, and so the rest
     target:Any=None
     layout:Any=None
-    lean:bool=True      # Use `_LeanNorm`?
+    lean:bool=True      # Use `_Lean`?
 
     def __call__(self, c, xb, first):
         if not self.names: self.names = [own_layer(c, xb, self.target)]
         layouts = layouts_of(c, xb, self.names, self.layout)
-        lean = _LeanNorm() if self.lean and self.grad and len(xb) >= _FEW else nullcontext()
+        lean = _Lean() if self._lean(c, xb) else nullcontext()
         plain = sdpa_kernel(SDPBackend.MATH) if self.grad > 1 else nullcontext() # fused attention has one derivative
         with torch.set_grad_enabled(self.grad > 0), outputs_of(c.model, self.names) as outputs, lean, plain:
             asked = c.asked(xb, self.classes, self.target, first, self.score_of, self.grad > 0)
@@ -149,6 +191,11 @@ class _GradCam:
             self.lean = False
             return self(c, xb, first)
         return RawMaps([torch.stack(o, 1) for o in zip(*maps)], asked, self.names)
+
+    def _lean(self, c, xb):
+        "Does `_Lean` pay?"
+        if not (self.lean and self.grad) or len(xb) < _FEW: return False
+        return callable(self.layout) or _shortens(trace_of(c, xb), self.names)
 
     def _maps(self, score, acts, layouts, keep_graph):
         "Raw maps at each layer of one target, whose scores (n,) are given."

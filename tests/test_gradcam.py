@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.models import densenet121
 
-from dicomcam.gradcam import _LeanNorm, gradcam
+from dicomcam.gradcam import _Lean, gradcam
 from dicomcam.methods import METHODS, cam_method
 
 LAYERS = dict(xresnet18=['4', '6', '7'], bottlenecks=['5', '7'], resnet18=['layer2', 'layer4.1'],
@@ -273,7 +273,7 @@ def test_cuda_gives_what_cpu_gives():
     b = gradcam(net.cuda(), batch(), layers=[-6, -5])
     for p, q in zip(a.raw, b.raw): nearly(q, p, 1e-3)
 
-# batch norms in eval mode take a shorter way back
+# batch norms in eval mode and convolutions of one pixel take a shorter way back
 
 class Shaped(nn.Module):
     "Batch norm whose weights the network makes itself, one that is training, one without weights, one after pooling"
@@ -287,29 +287,69 @@ class Shaped(nn.Module):
         x = self.live(F.batch_norm(x, torch.zeros_like(w), torch.ones_like(w), w, b))
         return self.head(self.flat(self.plain(self.last(x).relu()).mean((2, 3))))
 
+class Points(nn.Module):
+    "Convolutions of one pixel: plain ones, with groups, with a step, with a rim, and two whose weights or bias the network makes itself"
+    def __init__(self):
+        super().__init__()
+        self.conv, self.make, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 16), nn.Linear(4, 2)
+        self.mid = nn.Sequential(nn.Conv2d(4, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1, bias=False), nn.Conv2d(4, 4, 1, groups=2),
+            nn.Conv2d(4, 4, 1, stride=2), nn.Conv2d(4, 4, 1, padding=1), nn.Conv2d(4, 4, 1, padding='same'))
+        self.one, self.last = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+    def forward(self, x):
+        x = self.conv(x).relu()
+        made = self.make(x.mean((0, 2, 3)))
+        x = F.conv2d(self.mid(x), made.view(4, 4, 1, 1)).relu()
+        x = F.conv2d(x, torch.eye(4, dtype=x.dtype)[..., None, None], made[:4])
+        x = self.last(torch.stack([self.one(o) for o in x])).relu() # one image alone has no axis of images
+        return self.head(x.mean((2, 3)))
+
+SHAPED = dict(shaped=Shaped, points=Points)
+
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize('name', ['xresnet18', 'densenet121', 'shaped'])
-def test_lean_norm_gives_the_same_maps(name, dtype):
+@pytest.mark.parametrize('name', ['xresnet18', 'densenet121', 'shaped', 'points'])
+def test_the_lean_way_back_gives_the_same_maps(name, dtype):
     torch.manual_seed(0)
-    net = lively(Shaped()).eval() if name == 'shaped' else make(name).eval()
+    net = lively(SHAPED[name]()).eval() if name in SHAPED else make(name).eval()
     if name == 'shaped': net.live.train()
-    net, x, layers = net.to(dtype), batch(size=64).to(dtype), LAYERS.get(name, ['conv', 'last'])
+    net, x, layers = net.to(dtype), batch(5, size=64).to(dtype), LAYERS.get(name, ['conv', 'last'])
     h = gradcam(net, x, layers=layers)
-    with mock.patch('dicomcam.gradcam._LeanNorm', contextlib.nullcontext): plain = gradcam(net, x, layers=layers)
+    with mock.patch('dicomcam.gradcam._Lean', contextlib.nullcontext): plain = gradcam(net, x, layers=layers)
     for a, b in zip(h.raw, plain.raw): nearly(a, b, .05 if dtype == torch.bfloat16 else 1e-6)
 
-def test_lean_norm_keeps_less_and_is_gone_afterwards():
+def test_the_lean_way_back_keeps_less_and_is_gone_afterwards():
     net, x, kept = xresnet18(n_out=2).eval(), batch(7, size=64), []
     def count(t): kept.append(t.numel() if len(t) == 7 else 0); return t
     sizes = []
-    for mode in _LeanNorm, contextlib.nullcontext:
+    for mode in _Lean, contextlib.nullcontext:
         kept.clear()
         with mode(), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t): net(x)
         sizes.append(sum(kept))
     assert sizes[0] < .75*sizes[1], sizes
-    with pytest.raises(RuntimeError, match='boom'), _LeanNorm(): raise RuntimeError('boom')
+    with pytest.raises(RuntimeError, match='boom'), _Lean(): raise RuntimeError('boom')
     out = net(x)
     assert any('BatchNorm' in type(f).__name__ for f in graph(out.grad_fn))
+
+@pytest.mark.parametrize('n, layers, lean', [(4, ['4', '7'], True), (4, '6', True), (4, '7', False), (3, ['4', '7'], False)])
+def test_the_lean_way_back_is_taken_where_there_is_one(n, layers, lean):
+    "The last stage of an xresnet is followed by its head, which has neither batch norms nor convolutions"
+    with mock.patch('dicomcam.gradcam._Lean', side_effect=_Lean) as made: gradcam(xresnet18(n_out=2), batch(n, size=64), layers=layers)
+    assert made.called == lean
+
+@pytest.mark.parametrize('inside', [True, False])
+def test_the_lean_way_back_under_autocast(inside):
+    "Of the caller, whose rounding is the network's affair only, or of the network itself"
+    torch.manual_seed(0)
+    net, x = lively(Points()).eval(), batch(5, size=32)
+    class Rounds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+        def forward(self, x):
+            with torch.autocast('cpu', torch.bfloat16, enabled=inside): return self.net(x)
+    with torch.autocast('cpu', torch.bfloat16, enabled=not inside): h = gradcam(Rounds(), x, layers=['net.conv', 'net.last'])
+    with mock.patch('dicomcam.gradcam._Lean', contextlib.nullcontext):
+        with torch.autocast('cpu', torch.bfloat16, enabled=not inside): plain = gradcam(Rounds(), x, layers=['net.conv', 'net.last'])
+    for a, b in zip(h.raw, plain.raw): nearly(a, b, .05 if inside else 1e-6)
 
 def graph(f):
     "All nodes of autograd's graph"
