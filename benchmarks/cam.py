@@ -7,7 +7,7 @@
 The first form looks at one network in detail. All candidates are run in turns, `--runs` times, and each median is divided
 by that of one inference forward. "2 x 4" is two classes at all four stages, eight maps an image. Memory is the peak above
 what the loaded model and the batch take, each candidate in a process of its own (on CUDA: what torch allocates). `--quick`
-leaves out the candidates above ten forward passes.
+leaves out the candidates above ten forward passes. "floor" is torch without any library: a forward pass and two passes back.
 
 The second form is a table of networks: one map, and 2 x 4, for batches of 1 and 8, beside the fastest of the others, twice.
 First at their best: frozen parameters, one object for all layers where the library has that, and autograd's graph started at
@@ -73,6 +73,14 @@ def forward(case):
     with torch.inference_mode(): case.net(case.x)
 
 def ours(case, classes): gradcam(case.net, case.x, classes=classes, layers=case.names)
+
+def autograd_alone(case, classes):
+    "What torch itself takes: a forward pass, a pass back a class, and nothing done with the gradients"
+    kept = []
+    hooks = [o.register_forward_hook(lambda module, inp, out: kept.append(out)) for o in case.modules]
+    out = case.net(case.x)
+    for o in hooks: o.remove()
+    for k in classes: torch.autograd.grad(out[:, k].sum(), kept, retain_graph=k != classes[-1])
 
 def torchcam(case, classes):
     from torchcam.methods import GradCAM
@@ -265,6 +273,7 @@ def xresnet_candidates(args):
         forward=('one inference forward', of(forward), plain),
         ours_1=('dicomcam, last stage, one class', partial(gradcam, net, x, classes=1), plain),
         ours_8=('dicomcam, 2 x 4', of(ours, CLASSES), plain),
+        floor=('floor: autograd alone, 2 x 4, at its best', of(autograd_alone, CLASSES), best),
         torchcam_plain=('torchcam, 2 x 4, as documented', of(torchcam, CLASSES), plain),
         torchcam_frozen=('torchcam, 2 x 4, at its best', of(torchcam, CLASSES), best),
         pgc_best=('pytorch-grad-cam, 2 x 4, at its best', of(pytorch_grad_cam, CLASSES), best),

@@ -253,7 +253,7 @@ class Classifier(_Named):
         if callable(target): return self._number(out, n, target)
         scores = self.as_scores(out, n)
         if target is None: return self.of_scores(scores, classes, score_of)
-        probs, by_class = self.probs(scores), two_sided(scores)
+        probs, by_class = self.probs(scores.detach()), two_sided(scores)
         if isinstance(target, str) and target == 'predicted': columns = probs.argmax(1)
         else: columns = self._columns(target, first, probs)
         name = 'predicted' if isinstance(target, str) else 'target'
@@ -265,7 +265,7 @@ class Classifier(_Named):
         score_of:Callable=None, # As for `asked`
     ) -> Asked:
         "The classes that are to be explained."
-        probs, by_class = self.probs(scores), two_sided(scores)
+        probs, by_class = self.probs(scores.detach()), two_sided(scores)
         names = self.names(probs.shape[1])
         chosen = self.positions(classes, len(names))
         def every(k): return torch.full_like(probs[:, 0], k, dtype=torch.long)

@@ -50,7 +50,7 @@ class _Scale(torch.autograd.Function):
         if weight is not None: res *= weight.view(per_channel) # one rounding after the other, as torch has it
         return res.to(g.dtype), None, None, None, None, None
 
-# %% ../nbs/api/29_gradcam.ipynb #94e6ec05
+# %% ../nbs/api/29_gradcam.ipynb #33932cce
 class _Product(torch.autograd.Function):
     "A convolution of one pixel. Back goes the gradient times the matrix of its weights, transposed."
     generate_vmap_rule = True
@@ -80,7 +80,7 @@ def _lean_conv(input, weight, bias=None, stride=1, padding=0, dilation=1, groups
     if computed or not input.requires_grad or input.ndim != 4 or not input.is_cpu: return None
     return _Product.apply(input, weight, bias) if input.dtype in (torch.float32, torch.float64) else None
 
-# %% ../nbs/api/29_gradcam.ipynb #5840fb95
+# %% ../nbs/api/29_gradcam.ipynb #382266db
 _FEW = 4 # images, for which torch's own way is faster
 
 class _Lean(TorchFunctionMode):
@@ -128,8 +128,9 @@ def _flat(t): return t if t.ndim == 4 else t.flatten(2)[..., None] # volumes and
 
 def _method_map(map_of, act, *derivatives):
     "The raw map (n, *grid) that a method makes of activation and derivatives (n, c, *grid)."
-    with torch.no_grad(), torch.autocast(act.device.type, enabled=False):
-        m = map_of(_flat(act), *(o if o is None else _flat(o) for o in derivatives))
+    kind = act.device.type
+    exact = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    with torch.no_grad(), exact: m = map_of(_flat(act), *(o if o is None else _flat(o) for o in derivatives))
     return m.reshape(len(act), *act.shape[2:])
 
 # %% ../nbs/api/29_gradcam.ipynb #3126c645
