@@ -1,12 +1,13 @@
 """Peak memory of heatmaps by the number of films: does anything grow besides what is asked for?
 
-    python benchmarks/memory.py [--films 200 2000] [--size 64] [--only batches joined explain report] [--repeats 3]
+    python benchmarks/memory.py [--films 200 2000] [--size 64] [--only batches joined explain report resamples] [--repeats 3]
 
 The films are a small phantom's, each under many names and of a patient of its own; the network is an xresnet18 that has learnt
 nothing. "batches" is `gradcam(..., batches=True)` with nothing kept, "joined" is `gradcam` with all in one, beside it the size of
-its raw maps and of its images; "explain" and "report" are the commands. Each runs in a process of its own, `--repeats` times, whose
-smallest peak (ru_maxrss, of Linux) is shown in MB, beside what is above that at 20 films. glibc has one arena there: with one for
-each thread, the same run differs by tens of MB."""
+its raw maps and of its images; "explain" and "report" are the commands; "resamples" is what a report's intervals take without
+any network, a weight for each film in each of 1,000 draws, and is most of what makes "report" grow. Each runs in a process of its
+own, `--repeats` times, whose smallest peak (ru_maxrss, of Linux) is shown in MB, beside what is above that at 20 films. glibc has
+one arena there: with one for each thread, the same run differs by tens of MB."""
 import argparse, json, os, subprocess, sys, tempfile
 from pathlib import Path
 
@@ -17,7 +18,7 @@ def write_films(folder, n, seed=0):
     from dicomcam.labels import label_table
     from dicomcam.phantom import phantom
     from pydicom import dcmread
-    few = label_table(phantom(folder/'few', n=20, size=128, seed=seed, progress=False))
+    few = label_table(phantom(folder/'few', n=20, size=64, seed=seed, progress=False))
     rows, sources = [], [dcmread(o) for o in few.file]
     for k in range(n):
         ds, label = sources[k % len(few)], few.label[k % len(few)]
@@ -35,13 +36,21 @@ def write_model(folder, size, fn):
     from dicomcam.networks import dicom_learner
     save_model(dicom_learner(dicom_dls(folder, size=size), 'xresnet18'), fn)
 
+def resamples(n):
+    "The counts behind one ROC curve and its band."
+    import numpy as np
+    from dicomcam.intervals import patient_resamples, roc_counts
+    scores = np.random.default_rng(0).random(n)
+    roc_counts(scores > .5, scores, patient_resamples(np.arange(n), 1000, 42))
+
 def peak(what, model, folder, n):
     "Do it with `n` films in this process; (peak in MB, MB of raw maps and images that are kept)."
     import resource
     kept = dict(raw=0, images=0)
     files = sorted((folder/'train').glob('*.dcm'))[:n]
     with tempfile.TemporaryDirectory() as d:
-        if what in ('explain', 'report'):
+        if what == 'resamples': resamples(n)
+        elif what in ('explain', 'report'):
             from dicomcam.cli import main
             table = pd.read_csv(folder/'labels.csv')[:n]
             table.to_csv(folder/f'labels{n}.csv', index=False)
@@ -66,7 +75,7 @@ def in_a_process(what, model, folder, n, repeats):
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 p.add_argument('--films', type=int, nargs='*', default=[200, 2000])
 p.add_argument('--size', type=int, default=64)
-p.add_argument('--only', nargs='*', default=['batches', 'joined', 'explain', 'report'])
+p.add_argument('--only', nargs='*', default=['batches', 'joined', 'explain', 'report', 'resamples'])
 p.add_argument('--repeats', type=int, default=3)
 p.add_argument('--child', nargs=4, help=argparse.SUPPRESS)
 args = p.parse_args()
