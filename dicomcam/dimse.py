@@ -231,7 +231,10 @@ def _associated(
     roles = [build_role(o, scp_role=True) for o in kinds] if receiver else []
     handlers = [(evt.EVT_CONN_OPEN, guard.opened), *([(evt.EVT_C_STORE, receiver)] if receiver else [])]
     tls = (guard, peer.host) if peer.tls else None # the guard wraps the connection
-    assoc = ae.associate(peer.host, peer.port, asked, peer.aet, ext_neg=roles, evt_handlers=handlers, tls_args=tls)
+    more: dict = dict(ext_neg=roles, evt_handlers=handlers, tls_args=tls)
+    try: assoc = ae.associate(peer.host, peer.port, asked, peer.aet, **more)
+    except (socket.gaierror, UnicodeError): # UnicodeError: of a name that no machine can have
+        raise ConnectionError(f'{peer}: cannot be reached: no machine of this name is known.') from None
     try:
         if not assoc.is_established: raise _refusal(peer, assoc, guard)
         _keep_answers(assoc)

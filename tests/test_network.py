@@ -197,6 +197,17 @@ def test_nobody_is_there():
     with pytest.raises(ConnectionError) as e: find(f'http://127.0.0.1:{free_port()}/dicom-web', most=1)
     one_line(e, 'cannot be reached')
 
+@pytest.mark.parametrize('host', ['nowhere', 'a..b'])
+def test_no_such_machine(host, films, monkeypatch):
+    look = socket.getaddrinfo
+    def unknown(name, *args, **kwargs):
+        if name == 'nowhere': raise socket.gaierror(-2, 'Name or service not known')
+        return look(name, *args, **kwargs)
+    monkeypatch.setattr(socket, 'getaddrinfo', unknown)
+    for work in (lambda o: find(o, most=1), lambda o: send(films[:1], o, **ONE)):
+        with pytest.raises(ConnectionError) as e: work(f'dicom://PEER@{host}:104')
+        one_line(e, f'PEER@{host}:104: cannot be reached: no machine of this name')
+
 @pytest.mark.parametrize('kw, aet, says', [
     (dict(require_called_aet=True), 'OTHER', 'another AE title than OTHER'),
     (dict(require_calling_aet=['SOMEBODY']), 'PEER', 'by the name DICOMCAM')])
