@@ -118,7 +118,7 @@ class _NamedMaps(_RawMaps):
     def cls(self, i:int, cls=None) -> int:
         "Position in `classes` of a name, or of an index into the vocabulary; None: the likeliest of image `i`."
         if cls is None: return int(self.probs[i].argmax())
-        name = self.vocab[find_class(cls, self.vocab)]
+        name = cls if isinstance(cls, str) and cls in self.classes else self.vocab[find_class(cls, self.vocab)]
         if name in self.classes: return self.classes.index(name)
         raise ValueError(f'No map of class {name!r} here; there are {", ".join(map(str, self.classes))}.')
 

@@ -103,8 +103,8 @@ def test_cases_are_numbered_through_and_have_their_own_maps(folder):
     learn = make_tiny(dicom_dls(folder, size=64, bs=4))
     files, vocab = films(folder)[-6:], list(learn.dls.vocab)
     h = gradcam(learn, files, vocab, -6)
-    cases = predictions(learn, files).assign(predicted=vocab[0], scores=[dict.fromkeys(vocab, .5)]*6)
-    about = report_._about_cases(gradcam(learn, files, vocab, -6, batches=True), cases, vocab, vocab[1], folder, False, 64)
+    cases = predictions(learn, files).assign(predicted=vocab[0], outcome='', scores=[dict.fromkeys(vocab, .5)]*6)
+    about = report_._about_cases(gradcam(learn, files, vocab, -6, batches=True), cases, vocab, vocab[1], folder, False, 64, {})
     assert [o['no'] for o in about['cases']] == [1, 2, 3, 4, 5, 6] and about['outlined']
     for i, o in enumerate(about['cases']): assert o['maps'][1]['uri'] == heat_uri(h.heat(i, vocab[1]))
 
@@ -224,7 +224,8 @@ def test_explain_and_report_take_any_method(folder, tiny_learner, tmp_path, monk
     boxes = pd.concat([h.boxes(i).reindex([0]) for i in range(2)]) # a map may have none
     np.testing.assert_allclose(table[['x', 'y', 'width', 'height']], boxes[['x', 'y', 'width', 'height']].astype(float))
     html = report_.report(tiny_learner, files, tmp_path/'r.html', method=method, smooth=smooth).read_text(encoding='utf-8')
-    assert html.count('<li class="case"') == 2 and f'Over each image lies a {method}' in html
+    words = dict(scorecam='Score-CAM', occlusion='occlusion', cam='CAM', layercam='Layer-CAM')[method]
+    assert html.count('<li class="case"') == 2 and f'what speaks for a class ({words}' in html
 
 @pytest.mark.parametrize('how, says', [(['--method', 'magic'], 'occlusion'), (['--smooth', 'butter'], 'tta'), (['--method', 'occlusion', '--layer', '-6'], 'leave layers out')])
 def test_a_method_that_is_not_there(folder, tiny_learner, tmp_path, monkeypatch, how, says):
