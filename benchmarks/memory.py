@@ -5,9 +5,9 @@
 The films are a small phantom's, each under many names and of a patient of its own; the network is an xresnet18 that has learnt
 nothing. "batches" is `gradcam(..., batches=True)` with nothing kept, "joined" is `gradcam` with all in one, beside it the size of
 its raw maps and of its images; "explain" and "report" are the commands; "resamples" is what a report's intervals take without
-any network, a weight for each film in each of 1,000 draws, and is most of what makes "report" grow. Each runs in a process of its
-own, `--repeats` times, whose smallest peak (ru_maxrss, of Linux) is shown in MB, beside what is above that at 20 films. glibc has
-one arena there: with one for each thread, the same run differs by tens of MB."""
+any network, a weight for each film in each of 1,000 draws. Each runs in a process of its own, `--repeats` times, whose smallest peak
+(ru_maxrss, of Linux) is shown in MB, beside what is above that at 20 films. glibc has one arena there: with one for each thread, the
+same run differs by tens of MB."""
 import argparse, json, os, subprocess, sys, tempfile
 from pathlib import Path
 
