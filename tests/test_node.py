@@ -286,6 +286,16 @@ def test_answered_before_the_kill(films, tmp_path):
     check_answers(kept.values(), films[:1])
     assert not node.queue.films()
 
+def answers_of(explain, film, folder):
+    "What a node answers with that explains by `explain`"
+    with target() as (address, kept):
+        node = a_node(folder/'queue', peer(address))
+        node.explain = explain
+        node.queue.take(film.read_bytes())
+        answer_films(node)
+    assert not node.queue.films()
+    return list(kept.values())
+
 @pytest.mark.parametrize('absolute', [False, True])
 def test_nothing_lights_up(absolute, films, tmp_path):
     "The picture alone, which says so; with a scale of the model that is the scale's doing, and told as well"
@@ -295,15 +305,9 @@ def test_nothing_lights_up(absolute, films, tmp_path):
         if absolute: h.scale = HeatScale(5., 9., 'Yes', '5', 'cam', 100, 100)
         else: h.raw[0][:] = 0
         return h
-    with target() as (address, kept):
-        node = a_node(tmp_path/'queue', peer(address))
-        node.explain = dark
-        node.queue.take(films[0].read_bytes())
-        answer_films(node)
-    picture, = kept.values()
+    picture, = answers_of(dark, films[0], tmp_path)
     assert picture.Modality == 'OT' and picture.StudyInstanceUID == pydicom.dcmread(films[0]).StudyInstanceUID
     if absolute: assert 'absolute scale: colour from 5 on' in picture.DerivationDescription and 'nothing here speaks for Yes' in picture.DerivationDescription
-    assert not node.queue.films()
 
 def test_told_by_which_scale(films, tmp_path):
     "Where something lights up on a scale of the model, the picture and the report say which it is"
@@ -312,12 +316,7 @@ def test_told_by_which_scale(films, tmp_path):
         h = explain(files)
         h.scale = HeatScale(1.5, 9., 'Yes', '5', 'cam', 100, 100)
         return h
-    with target() as (address, kept):
-        node = a_node(tmp_path/'queue', peer(address))
-        node.explain = bright
-        node.queue.take(films[0].read_bytes())
-        answer_films(node)
-    kinds = {o.Modality: o.to_json() for o in kept.values()}
+    kinds = {o.Modality: o.to_json() for o in answers_of(bright, films[0], tmp_path)}
     assert set(kinds) == KINDS
     for o in ('OT', 'SR'): assert 'absolute scale: colour from 1.5 on' in kinds[o]
 
