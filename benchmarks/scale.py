@@ -72,7 +72,7 @@ def pointed(values, group):
     mine, *others = values.columns
     best = max(others, key=lambda o: values[o].mean())
     ahead = paired_difference(values[mine], values[best], group)
-    return {'pointing': interval(*mean_interval(values[mine].to_numpy(), group=group)), 'found': len(values),
+    return {'pointing': interval(*mean_interval(values[mine].to_numpy(), group=group, hits=True)), 'found': len(values),
         'ahead': f'of {best} by {interval(ahead["value"], ahead["low"], ahead["high"])}, p = {ahead["p"]:.4f}'}
 
 def judged(learn, args):
