@@ -7,6 +7,7 @@ from dicomcam.phi import *
 from dicomcam.phantom import *
 from dicomcam.pairs import *
 from dicomcam.data import *
+from dicomcam.kinds import *
 from dicomcam.summary import *
 from dicomcam.volume import *
 from dicomcam.dicom import *

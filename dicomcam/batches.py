@@ -107,6 +107,7 @@ class Setup:
     pixels:dict              # How stored numbers became grey levels: rule, channels, levels
     table:pd.DataFrame=None  # Of each file: label, group (patient), and whether it is for validation (is_valid)
     skipped:pd.Series=None   # Of each file that could not be read: why
+    films:dict|None=None     # Of a model file: kinds of its films, as `film_kinds` gives; None: not known
 
     def meta(self) -> dict: # Of what JSON knows
         "What a model file says of its images."
@@ -117,7 +118,7 @@ class Setup:
         meta:dict, # Of a model file; may hold more
     ):
         "The other way. Raises KeyError where one of the six is not there."
-        return cls(**{key: meta[key] for key in _META})
+        return cls(**{key: meta[key] for key in _META}, films=meta.get('films'))
 
 # %% ../nbs/api/16_batches.ipynb #bat-setup-of
 def setup_of(

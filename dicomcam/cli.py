@@ -510,10 +510,11 @@ def _digest(model):
     return [f'model {Path(model).name}', f'sha256 {hashlib.sha256(Path(model).read_bytes()).hexdigest()[:48]}']
 
 def _explainer(model, method, smooth, layer, cls, words):
-    "What explains files, and by what layer it does. Raises ValueError for another model than `words` tell."
+    """What explains files, by what layer it does, and for what kinds of films. Raises ValueError for another model than
+    `words` tell."""
     if _digest(model) != words: raise ValueError(f'{model}: is not the same any more. Start the node anew.')
     _, maps, shown = _engine(model, method, smooth, layer, cls, None)
-    return maps, shown
+    return maps, (shown, maps.args[0].dls.setup.films or {})
 
 @main.command()
 @click.argument('model')
@@ -523,8 +524,11 @@ def _explainer(model, method, smooth, layer, cls, words):
 @click.option('--host', default='127.0.0.1', show_default=True, help='Address to listen at.')
 @click.option('--port', default=11112, show_default=True, type=click.IntRange(1, 65535), help='Port to listen at.')
 @_network
-@click.option('--modality', 'modalities', default=('CR', 'DX'), show_default=True, multiple=True, metavar='CODE',
-    help='Of the films that MODEL knows; may be given several times. Others get no answer.')
+@click.option('--modality', 'Modality', multiple=True, metavar='CODE',
+    help='Of films that are answered, * for any; several times for several. By default those that MODEL was trained '
+        'on, as its file says; else CR, DX.')
+@click.option('--body-part', 'BodyPartExamined', multiple=True, metavar='CODE', help='The same: CHEST, say.')
+@click.option('--view', 'ViewPosition', multiple=True, metavar='CODE', help='The same: PA, say.')
 @_maps
 @click.option('--class', 'cls', help='Class to explain; by default the likeliest of each film.')
 @click.option('--quiet', default=5., show_default=True, type=click.FloatRange(0),
@@ -544,7 +548,7 @@ def _explainer(model, method, smooth, layer, cls, words):
     help='Certificates of the callers, or of who signs for them: they have to speak TLS then.')
 @click.option('--queue', default='queue', show_default=True, help='Folder for what waits, of this node alone.')
 def serve(model, target, callers, queue, aet, ca, cert, key, timeout, method, smooth, layer, tls_callers, limit, free,
-    max_film, max_pdu, **options):
+    max_film, max_pdu, Modality, BodyPartExamined, ViewPosition, **options):
     """A node that takes films by C-STORE, explains them by MODEL, and stores the answers in their studies: overlay,
     bright region, structured report. Research only, not for diagnostic use.
 
@@ -553,6 +557,7 @@ def serve(model, target, callers, queue, aet, ca, cert, key, timeout, method, sm
     """
     from dicomcam.apart import Apart
     from dicomcam.archive import peer
+    from dicomcam.kinds import XRAYS
     from dicomcam.node import CallersTLS, FilmQueue, Node, serve as run
     files, encrypted = (cert, key, tls_callers), ca or target.lower().startswith(('dicom-tls:', 'https:'))
     if any(files) and not all(files):
@@ -561,9 +566,13 @@ def serve(model, target, callers, queue, aet, ca, cert, key, timeout, method, sm
     answers = peer(target, aet, timeout=timeout, **(dict(ca=ca, cert=cert, key=key) if encrypted else {}))
     words = _digest(model)
     apart = Apart(partial(_explainer, model, method, smooth, layer, options['cls'], words), limit)
-    _tell(f'Heatmaps of layer {apart.start()}')
+    shown, kinds = apart.start()
+    asked = dict(Modality=Modality, BodyPartExamined=BodyPartExamined, ViewPosition=ViewPosition)
+    kinds = XRAYS | kinds | {key: list(o) for key, o in asked.items() if o}
+    _tell(f'Heatmaps of layer {shown}')
+    _tell(f'Films of {"; ".join(key+" "+" or ".join(o) for key, o in kinds.items())}')
     run(Node(FilmQueue(queue, free<<20), apart, answers, list(callers), words, aet, timeout=timeout, tls=tls,
-        max_bytes=max_film<<20, max_pdu=max_pdu<<10, log=_tell, **options))
+        max_bytes=max_film<<20, max_pdu=max_pdu<<10, kinds=kinds, log=_tell, **options))
 
 # %% ../nbs/api/37_cli.ipynb #c102cda7
 @main.command()

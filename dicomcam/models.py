@@ -21,11 +21,17 @@ from safetensors.torch import save_file
 from .chest import chest_network
 from .scale import HeatScale
 from .files import whole
+from .kinds import KINDS, are_kinds, film_kinds
 from .batches import Setup, any_source, dicom_block, setup_of
 from .networks import ACTIVATIONS, bare_model, build_model, dicom_learner, takes, versions
 from .weights import spoilt_weight
 
 # %% ../nbs/api/19_models.ipynb #db609f06
+def _kinds(setup):
+    "What kinds of films a network was trained on; None if nobody knows."
+    if setup.films or setup.table is None: return setup.films
+    return film_kinds(setup.table.file[~setup.table.is_valid])
+
 def save_model(
     learn:Learner, # From `dicom_learner`
     fn:str|Path,   # Where to, `model.safetensors` say
@@ -40,8 +46,9 @@ def save_model(
         known = ', '.join(ACTIVATIONS)
         raise ValueError(f'act_cls={learn.network.act_cls} cannot be saved: load_model knows {known}.')
     choice, scale = getattr(learn, 'choice', None), getattr(learn, 'heat_scale', None)
-    heat = {key: o for key, o in dict(heatmap=choice, scale=scale and scale.words()).items() if o}
-    meta = {**learn.network.words(), **setup.meta(), **heat, 'versions': versions()}
+    more = dict(heatmap=choice, scale=scale and scale.words(), films=_kinds(setup))
+    more = {key: o for key, o in more.items() if o}
+    meta = {**learn.network.words(), **setup.meta(), **more, 'versions': versions()}
     _check_words(json.loads(json.dumps(meta)))
     weights = {name: w.detach().cpu().contiguous() for name, w in bare_model(learn).state_dict().items()}
     spoilt = spoilt_weight(weights)
@@ -112,8 +119,9 @@ _WORDS = dict( # of a model file: what each is, and whether it is
     pixels=(str(_PIXELS), lambda o: o == _PIXELS),
     inputs=('mean and std of one channel or three', _are_inputs),
     heatmap=('layer, method and reason', _is_choice),
-    scale=('the threshold, top, class, layer, method and films of a heatmap', _is_scale))
-_MAY_LACK = 'inputs', 'heatmap', 'scale'
+    scale=('the threshold, top, class, layer, method and films of a heatmap', _is_scale),
+    films=(f'codes of {", ".join(KINDS)}', are_kinds))
+_MAY_LACK = 'inputs', 'heatmap', 'scale', 'films'
 
 def _check_words(words):
     "Raise ValueError where a word of a model file is not what it may be."

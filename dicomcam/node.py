@@ -11,7 +11,7 @@ __all__ = ['FilmQueue', 'write_answers', 'Node', 'answer_films', 'listening', 's
 import hashlib, os, shutil, threading, time, warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +22,7 @@ from fastcore.basics import chunked
 from .apart import Apart, EndedItself
 from .files import private_folder, remove, sweep, whole
 from .read import DicomError, read_dicom, transfer_syntax
+from .kinds import XRAYS, other_kind
 from .phi import unquoted
 from .objects import save_sc, save_seg
 from .evidence import save_sr
@@ -151,7 +152,7 @@ class Node:
     aet: str = 'DICOMCAM'      # Its own AE title
     host: str = '127.0.0.1'    # Address to listen at
     port: int = 11112          # 0: any that is free
-    modalities: tuple = ('CR', 'DX') # Of the films that the model knows
+    kinds: dict = field(default_factory=XRAYS.copy) # Of the films that the model knows, as `film_kinds` gives
     cls: str|None = None       # Class to explain; None: the likeliest of each film
     quiet: float = 5           # Seconds after which a study is complete
     keep: bool = False         # Keep films after their answer, in `kept`?
@@ -175,10 +176,10 @@ def _done(node, film, why=''):
     with suppress(OSError): film.parent.rmdir() # unless others wait there
 
 def _is_known(node, film):
-    "Is it a film that the model knows? Else it goes."
-    kind = str(read_dicom(film, pixels=False).get('Modality', 'none'))
-    if kind not in node.modalities: _done(node, film, f'its modality is {kind}, which gets no answer here')
-    return kind in node.modalities
+    "Is it a film of a kind that the model knows? Else it goes."
+    other = other_kind(read_dicom(film, pixels=False), node.kinds)
+    if other: _done(node, film, f'gets no answer: {other}')
+    return not other
 
 def _answer(node, films):
     "Answer films together. Raises OSError for a full disk, anything for a film that cannot be explained."

@@ -1,5 +1,5 @@
 "A node that answers films: killed, fed with garbage, without room, and against Debian's Orthanc where it is installed."
-import os, random, shutil, signal, socket, subprocess, sys, threading, time, warnings
+import json, os, random, shutil, signal, socket, subprocess, sys, threading, time, warnings
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,6 +124,28 @@ def test_no_answer(films, tmp_path):
     told = [o for o in log if 'taken' not in o and 'answered' not in o]
     assert len(told) == 2 and any('cannot be explained' in o for o in told) and any('CT' in o for o in told) and "'odd'" not in str(told)
     assert not node.queue.films()
+
+def test_other_kinds(folder, tiny_learner, films, tmp_path):
+    "A model file says what films it was trained on; a CT, a knee and a view from the side get a line, and no answer"
+    from safetensors import safe_open
+    from dicomcam.models import save_model
+    with safe_open(save_model(tiny_learner, tmp_path/'m.safetensors'), 'pt') as f: kinds = json.loads(f.metadata()['dicomcam'])['films']
+    assert kinds['Modality'] == ['CR'] and kinds['BodyPartExamined'] == ['CHEST'] and set(kinds['ViewPosition']) <= {'AP', 'PA'}
+    log, others = [], dict(Modality='CT', BodyPartExamined='KNEE', ViewPosition='LL')
+    with target() as (address, kept):
+        node = a_node(tmp_path/'queue', peer(address), log, kinds=kinds | dict(ViewPosition=['AP', 'PA']))
+        for i, (key, value) in enumerate(others.items()):
+            ds = pydicom.dcmread(films[0])
+            ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = f'1.2.3.{i}'
+            ds[key].value = value
+            ds.save_as(tmp_path/'other.dcm')
+            node.queue.take((tmp_path/'other.dcm').read_bytes())
+        node.queue.take(films[1].read_bytes())
+        answer_films(node)
+    check_answers(kept.values(), films[1:2])
+    assert not node.queue.films()
+    told = {o.split('its ')[1] for o in log if 'gets no answer' in o}
+    assert told == {'Modality is CT, not CR', 'BodyPartExamined is …, not CHEST', 'ViewPosition is …, not AP or PA'}
 
 def test_who_may_send(films, tmp_path):
     node = a_node(tmp_path/'queue')
