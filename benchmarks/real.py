@@ -28,6 +28,7 @@ from dicomcam.choice import CANDIDATES, choose_layer, late_stages, layer_scores,
 from dicomcam.data import lesion_mask
 from dicomcam.files import plain_progress
 from dicomcam.gradcam import gradcam
+from dicomcam.guide import LesionGuide
 from dicomcam.intervals import interval, mean_interval, paired_difference, patient_resamples, roc_area, roc_counts
 from dicomcam.labels import label_table
 from dicomcam.localize import measures_by_image
@@ -89,7 +90,7 @@ class Averaged(Callback):
         if self.training: self.mean.update_parameters(self.model)
     def after_fit(self): self.model.load_state_dict(self.mean.module.state_dict())
 
-def trained(films, fold, n_films, seed, args):
+def trained(films, lesion, fold, n_films, seed, args):
     "A learner that has seen the other folds, or `n_films` of them."
     other = films.fold != fold
     if n_films: other &= films.index.isin(films[other].sample(frac=1, random_state=args.seed).index[:n_films])
@@ -98,7 +99,8 @@ def trained(films, fold, n_films, seed, args):
     data = dict(labels=table, fold=1) | (dict(batch_tfms=[XrayTfm(), Flip()]) if args.flip else {})
     kept = Path(args.keep)/f'fold{fold}-{n_films or "all"}-{seed}.safetensors' if args.keep else None
     known = bool(kept and kept.is_file())
-    learn = train_learner(os.path.commonpath(films.file.tolist()), seed, not known, data=data, **args.recipe)
+    guide = dict(cbs=[LesionGuide(mask_of=lesion, weight=args.guide)]) if args.guide and not known else {}
+    learn = train_learner(os.path.commonpath(films.file.tolist()), seed, not known, data=data, **guide, **args.recipe)
     if known: return load_model(kept, learn.dls)
     if kept: save_model(learn, kept)
     return learn
@@ -202,7 +204,7 @@ def run_fold(fold, films, lesion, n_films, args):
     plain_progress()
     if args.ema and Averaged not in defaults.callbacks: defaults.callbacks.append(Averaged)
     start = time.monotonic()
-    learns = [trained(films, fold, n_films, args.seed+1000*i, args) for i in range(1 if n_films else args.trainings)]
+    learns = [trained(films, lesion, fold, n_films, args.seed+1000*i, args) for i in range(1 if n_films else args.trainings)]
     took = round(time.monotonic()-start)
     tables = [predictions(learn) for learn in learns]
     scores = pd.concat([class_scores(df)[learns[0].dls.vocab[-1]].set_axis(df.file) for df in tables], axis=1)
@@ -226,7 +228,7 @@ def passport_of_fold(fold, films, lesion, args):
     "What a fold's network says of the films that it has not seen; layer, method and prior are of the films that it has."
     torch.set_num_threads(max(1, (os.cpu_count() or 1)//args.jobs))
     plain_progress()
-    learn = trained(films, fold, None, args.seed, args)
+    learn = trained(films, lesion, fold, None, args.seed, args)
     choice = choose_layer(learn, mask_of=lesion)
     print(f'fold {fold}:', choice, flush=True)
     table = films.loc[films.fold == fold, ['file', 'label', 'patient']].rename(columns=dict(patient='group')).reset_index(drop=True)
@@ -318,7 +320,7 @@ def main(args):
     lesion = partial(mask_of, folders=folders, boxes=boxes_of(folders, args.boxes))
     args.recipe = full_recipe(**(dict(pretrained=args.pretrained) if args.pretrained else {}) | json.loads(args.recipe))
     about = args.recipe | dict(pretrained=bool(args.recipe.get('pretrained')))
-    res = dict(films=len(films), patients=films.patient.nunique(), seed=args.seed, recipe=about, flip=args.flip, ema=args.ema)
+    res = dict(films=len(films), patients=films.patient.nunique(), seed=args.seed, recipe=about, flip=args.flip, ema=args.ema, guide=args.guide)
     for n in args.films:
         part = with_scores(films, run_folds(films, lesion, args, n))
         res.setdefault('learning_curve', []).append(dict(trained_on=n, **auc(part, is_positive(part))))
@@ -353,6 +355,7 @@ def arguments(given=None):
     p.add_argument('--recipe', default='{}', help='JSON: other arguments for train_learner')
     p.add_argument('--flip', action='store_true', help='train on mirror images too')
     p.add_argument('--ema', action='store_true', help='train to the moving average of the weights')
+    p.add_argument('--guide', type=float, metavar='WEIGHT', help='lesions of the training side guide the map; .5 is what `LesionGuide` takes')
     p.add_argument('--boxes', nargs='*', default=[], help='further tables of boxes in FOLDER')
     p.add_argument('--read', nargs='*', default=[], help="tables in FOLDER of what readers say: file,rsna; 'Lung Opacity', 'Normal'")
     p.add_argument('--films', nargs='*', type=int, default=[], help='also train on so many films only')
