@@ -32,6 +32,7 @@ from dicomcam.gradients import *
 from dicomcam.smooth import *
 from dicomcam.attribution import *
 from dicomcam.trust import *
+from dicomcam.guide import *
 from dicomcam.choice import *
 from dicomcam.froc import *
 from dicomcam.protocols import *

@@ -7,17 +7,17 @@ Docs: https://dicomcam.github.io/dicomcam/api/guide.html.md"""
 # %% auto #0
 __all__ = ['training_lesions', 'lesion_loss', 'LesionGuide']
 
-# %% ../nbs/api/29g_guide.ipynb #2092950d
+# %% ../nbs/api/29g_guide.ipynb #c81c6ddc
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np, torch
 from fastai.callback.core import Callback as TrainingCallback
+from fastai.data.transforms import Pipeline
 from fastai.learner import Learner
 from fastai.torch_core import TensorImage
 from fastai.vision.augment import RandTransform
-from fastai.data.transforms import Pipeline
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,7 +28,7 @@ from .classifier import Classifier
 from .explain import as_found
 from .cam import find_head
 
-# %% ../nbs/api/29g_guide.ipynb #c6c39021
+# %% ../nbs/api/29g_guide.ipynb #5d26d5aa
 def training_lesions(
     learn:Learner,         # Of `dicom_dls`
     path:str|Path|None=None,    # Folder whose `masks/` or `boxes.csv` know the lesions; None: that of the dataloaders
@@ -41,7 +41,7 @@ def training_lesions(
     known = {file: mask_of(file) for file in setup.table.file[~setup.table.is_valid]}
     return {file: mask for file, mask in known.items() if mask is not None and np.any(mask)}
 
-# %% ../nbs/api/29g_guide.ipynb #4a57a720
+# %% ../nbs/api/29g_guide.ipynb #c2030790
 def lesion_loss(
     maps:Tensor,  # (n, rows, columns), in units of the score
     masks:Tensor, # (n, 1, height, width), from 0 to 1
@@ -51,7 +51,7 @@ def lesion_loss(
     inside = inside/inside.amax(1, keepdim=True).clamp(min=1e-6)
     return -(maps.flatten(1).log_softmax(1) + inside.clamp(min=1e-6).log()).logsumexp(1).mean()
 
-# %% ../nbs/api/29g_guide.ipynb #94e3dc2d
+# %% ../nbs/api/29g_guide.ipynb #06b021d4
 class LesionGuide(TrainingCallback):
     "While it trains, the class activation map is drawn to the lesions that are known on the training side."
     order = 15 # after mixed precision

@@ -20,6 +20,7 @@ from fastai.callback.training import BnFreeze
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.torch_core import no_random, set_seed
+from fastcore.foundation import L
 
 from .labels import label_table
 from .batches import dicom_dls
@@ -158,6 +159,10 @@ def _weights_digest(pretrained):
     if isinstance(pretrained, bool): return pretrained
     with open(Path(pretrained).expanduser(), 'rb') as f: return hashlib.file_digest(f, 'blake2b').hexdigest()[:16]
 
+def _settings(cb):
+    "Of a callback: what it was made with, as far as it is a number or a word."
+    return {key: o for key, o in vars(cb).items() if isinstance(o, (int, float, str))}
+
 def _keeper(checkpoint, resume, learn, epochs, recipe):
     "The callback that keeps the state of this training."
     if 'pretrained' in recipe: recipe = {**recipe, 'pretrained': _weights_digest(recipe['pretrained'])}
@@ -173,6 +178,7 @@ def train_learner(
     checkpoint:str|Path|None=None, # File that holds the state after the last whole epoch
     resume:bool=False,             # Go on from `checkpoint`, if it is there?
     data:dict=None,                # Arguments for `dicom_dls`
+    cbs=None,                      # Callbacks for the `Learner`, one or several: a `LesionGuide`, say
     **recipe                       # Parts of `full_recipe`; and what `dicom_learner` takes
 ) -> Learner:
     """Seed, dataloaders by patient, network, training. On a CPU the same seed and threads give the same weights.
@@ -185,16 +191,17 @@ def train_learner(
     set_seed(seed, reproducible=True)
     data = {'batch_tfms': None if augment else [], **(data or {})}
     dls = dicom_dls(path, seed=seed, size=size, bs=bs or 8, **data)
-    learn = dicom_learner(dls, **options)
+    learn = dicom_learner(dls, cbs=cbs, **options)
     if kept: _keep_front(learn, kept)
     if bs is None and fit: fill_card(learn)
     about = dict(seed=seed, lr=lr, kept=kept, **pace, **options)
-    cbs = [_keeper(checkpoint, resume, learn, epochs, about)] if checkpoint else []
+    if cbs: about['cbs'] = {cb.name: _settings(cb) for cb in L(cbs)}
+    keeper = [_keeper(checkpoint, resume, learn, epochs, about)] if checkpoint else []
     if not fit: return learn
     if not len(learn.dls.train):
         raise ValueError(f'{len(learn.dls.train_ds)} images to train on make no batch of {learn.dls.bs}. '
             'Ask for a smaller one, bs=1 to bs=8 say, or add images.')
-    try: _fit(learn, epochs, lr, cbs, **pace)
+    try: _fit(learn, epochs, lr, keeper, **pace)
     except ValueError: # of scikit-learn's metrics, which take no NaN
         _check_trained(learn, lr)
         raise
