@@ -5,9 +5,10 @@
 
 FOLDER holds DICOM files and labels.csv, and knows lesions by `masks/`, boxes.csv or the challenge's own masks of SIIM_SMALL
 (`lesion_mask`); all folders together are split into five folds by patient. Each fold's network is trained by `train_learner` on the
-other four. Everything is out of fold: a film's score, its heatmaps, the prior (lesions of the training side), and the layer and method
-that are chosen for it, by lesions of the films that its network was trained on. Heatmaps of three kinds: as they are, the mean
-with that of the mirror image, and the mean of the latter over several trainings. In Colab: `path = siim_small()`, then this script on that folder."""
+other four; lesions of their films guide the map while it trains (`LesionGuide`; not with `--guide 0`). Everything is out of fold: a
+film's score, its heatmaps, the prior (lesions of the training side), and the layer and method that are chosen for it, by lesions of
+the films that its network was trained on. Heatmaps of three kinds: as they are, the mean with that of the mirror image, and the mean
+of the latter over several trainings. In Colab: `path = siim_small()`, then this script on that folder."""
 import argparse, copy, json, os, pickle, sys, time, warnings
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -24,11 +25,11 @@ from sklearn.model_selection import StratifiedGroupKFold
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dicomcam.batches import XrayTfm
-from dicomcam.choice import CANDIDATES, choose_layer, late_stages, layer_scores, training_lesions, training_prior
+from dicomcam.choice import CANDIDATES, choose_layer, late_stages, layer_scores
 from dicomcam.data import lesion_mask
 from dicomcam.files import plain_progress
 from dicomcam.gradcam import gradcam
-from dicomcam.guide import LesionGuide
+from dicomcam.guide import LesionGuide, training_lesions, training_prior
 from dicomcam.intervals import interval, mean_interval, paired_difference, patient_resamples, roc_area, roc_counts
 from dicomcam.labels import label_table
 from dicomcam.localize import measures_by_image
@@ -99,8 +100,9 @@ def trained(films, lesion, fold, n_films, seed, args):
     data = dict(labels=table, fold=1) | (dict(batch_tfms=[XrayTfm(), Flip()]) if args.flip else {})
     kept = Path(args.keep)/f'fold{fold}-{n_films or "all"}-{seed}.safetensors' if args.keep else None
     known = bool(kept and kept.is_file())
-    guide = dict(cbs=[LesionGuide(mask_of=lesion, weight=args.guide)]) if args.guide and not known else {}
-    learn = train_learner(os.path.commonpath(films.file.tolist()), seed, not known, data=data, **guide, **args.recipe)
+    taught = args.guide > 0 and any(lesion(file) is not None for file in films.file[other])
+    guide = taught and LesionGuide(mask_of=lesion, weight=args.guide, fewest=1)
+    learn = train_learner(os.path.commonpath(films.file.tolist()), seed, not known, data=data, **args.recipe | dict(guide=guide))
     if known: return load_model(kept, learn.dls)
     if kept: save_model(learn, kept)
     return learn
@@ -355,7 +357,7 @@ def arguments(given=None):
     p.add_argument('--recipe', default='{}', help='JSON: other arguments for train_learner')
     p.add_argument('--flip', action='store_true', help='train on mirror images too')
     p.add_argument('--ema', action='store_true', help='train to the moving average of the weights')
-    p.add_argument('--guide', type=float, metavar='WEIGHT', help='lesions of the training side guide the map; .5 is what `LesionGuide` takes')
+    p.add_argument('--guide', type=float, default=.5, metavar='WEIGHT', help='how much lesions of the training side guide the map; 0: not at all')
     p.add_argument('--boxes', nargs='*', default=[], help='further tables of boxes in FOLDER')
     p.add_argument('--read', nargs='*', default=[], help="tables in FOLDER of what readers say: file,rsna; 'Lung Opacity', 'Normal'")
     p.add_argument('--films', nargs='*', type=int, default=[], help='also train on so many films only')

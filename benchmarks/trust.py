@@ -17,7 +17,8 @@ sys.modules['gdcm'] = None # it decodes JPEG several times slower than Pillow, a
 import cv2, numpy as np, pandas as pd
 
 from dicomcam.batches import dicom_dls
-from dicomcam.choice import CANDIDATES, choose_layer, late_stages, training_prior
+from dicomcam.choice import CANDIDATES, choose_layer, late_stages
+from dicomcam.guide import training_prior
 from dicomcam.data import lesion_mask
 from dicomcam.files import plain_progress
 from dicomcam.gradcam import gradcam

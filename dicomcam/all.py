@@ -25,6 +25,7 @@ from dicomcam.layers import *
 from dicomcam.items import *
 from dicomcam.classifier import *
 from dicomcam.explain import *
+from dicomcam.head import *
 from dicomcam.cam import *
 from dicomcam.gradcam import *
 from dicomcam.perturb import *

@@ -47,7 +47,7 @@ def _pointing(learn, files, has_lesion, data, out):
     "Draw the heatmaps of all files, batch by batch; the pointing game's values of each lesion that was found."
     from dicomcam.absolute import shown_smooth
     from dicomcam.attribution import attribute
-    from dicomcam.choice import training_prior
+    from dicomcam.guide import training_prior
     from dicomcam.data import lesion_mask
     from dicomcam.folder import result_names
     from dicomcam.localize import measures_by_image

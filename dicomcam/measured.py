@@ -32,7 +32,8 @@ from .attribution import attribute, attribution
 from .methods import METHODS
 from .measures import MEASURES
 from .localize import baselines
-from .choice import chosen, shown_by, training_prior
+from .guide import training_prior
+from .choice import chosen, shown_by
 from .absolute import shown_smooth
 from .froc import froc_curve
 from .protocols import (arun_localization, arun_ssim, arun_view, box_overlap, chexlocalize_hit, chexlocalize_iou,

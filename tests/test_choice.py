@@ -3,9 +3,10 @@ import json
 import numpy as np, pytest
 
 from dicomcam.batches import dicom_dls
-from dicomcam.choice import choose_layer, chosen, late_stages, shown_by, training_lesions, training_prior, default_layer
+from dicomcam.choice import choose_layer, chosen, late_stages, shown_by, default_layer
 from dicomcam.data import lesion_mask
 from dicomcam.demo import run_demo
+from dicomcam.guide import training_lesions, training_prior
 from dicomcam.models import load_model, save_model
 from dicomcam.networks import dicom_learner
 

@@ -127,20 +127,28 @@ def test_only_films_of_the_training_side_teach(spots):
     table = learn.dls.setup.table
     assert set(training_lesions(learn, mask_of=known.get)) == set(known) - set(table.file[table.is_valid])
 
+def test_a_lesion_on_a_film_without_the_class_teaches_nothing(spots):
+    path, known = spots
+    everywhere = np.ones((SIZE, SIZE), bool)
+    guide = LesionGuide(mask_of=lambda file: known.get(file, everywhere))
+    fit(learner(path, [guide]), 1)
+    assert guide.masks.mean() < .1
+
 def test_of_many_some_are_used(spots):
     path, known = spots
     guide = LesionGuide(mask_of=known.get, most=10, fewest=5)
     fit(learner(path, [guide]), 1)
     assert 5 <= len(guide.images) == len(guide.masks) <= 10 < len(known)
 
-@pytest.mark.parametrize('how', ['too few', 'another head', 'no such class'])
+@pytest.mark.parametrize('how', ['too few', 'another head', 'no such class', 'several'])
 def test_what_cannot_be_guided_says_so(spots, how):
     path, known = spots
     guide = LesionGuide(mask_of=known.get if how != 'too few' else lambda file: None, cls='c' if how == 'no such class' else None)
     learn = learner(path, [guide])
+    if how == 'several': learn.dls.vocab = ['a', 'b', 'c']
     if how == 'another head': learn.model.insert(6, nn.Linear(2, 2))
     says = {'too few': f'0 films of the training side have a known lesion.*masks/ or boxes.csv.*{path}',
-        'another head': 'this model has another head', 'no such class': "'c'"}[how]
+        'another head': 'this model has another head', 'no such class': "'c'", 'several': 'Pass cls'}[how]
     with pytest.raises(ValueError, match=says): fit(learn, 1)
 
 def test_a_checkpoint_knows_its_guide(tmp_path, spots):

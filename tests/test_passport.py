@@ -127,7 +127,8 @@ def test_every_map_is_compared_film_by_film():
 def values(tiny_learner, folder): return passport_values(tiny_learner, masks=folder, faithful=3)
 
 def test_values_are_those_of_their_functions(tiny_learner, folder, values):
-    from dicomcam.choice import chosen, training_prior
+    from dicomcam.choice import chosen
+    from dicomcam.guide import training_prior
     from dicomcam.gradcam import gradcam
     from dicomcam.localize import localization
     from dicomcam.protocols import chexlocalize, wang
