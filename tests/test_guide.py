@@ -1,4 +1,6 @@
 "What a guide teaches: a network that has a short cut looks at the lesion all the same; the rest of the training stays what it was."
+import shutil
+
 import numpy as np, pytest, torch
 from fastai.callback.core import Callback
 from fastai.torch_core import set_seed
@@ -12,7 +14,7 @@ from dicomcam.cam import cam
 from dicomcam.guide import LesionGuide, lesion_loss, training_lesions
 from dicomcam.measures import MEASURES
 from dicomcam.networks import dicom_learner
-from dicomcam.training import train_learner
+from dicomcam.training import full_recipe, train_learner
 
 SIZE = 64
 
@@ -159,3 +161,15 @@ def test_a_checkpoint_knows_its_guide(tmp_path, spots):
     go_on(.5, resume=False)
     go_on(.5)
     with pytest.raises(ValueError, match='cbs'): go_on(.7)
+
+def test_a_recipe_guides_where_it_can(spots, tmp_path):
+    path, known = spots # nobody has drawn on these films
+    words = dict(arch='xresnet18', size=SIZE, bs=8, epochs=1, lr=1e-3, fit=False, data=dict(cache=False))
+    boxed = shutil.copytree(path, tmp_path/'boxed')
+    corners = {file.name: np.argwhere(mask).min(0) for file, mask in known.items()}
+    (boxed/'boxes.csv').write_text('\n'.join(['file,x,y,width,height', *(f'{name},{x},{y},12,12' for name, (y, x) in corners.items())]))
+    learn = train_learner(boxed, guide=True, **words)
+    assert learn.lesion_guide.unfit(learn) is None and not hasattr(train_learner(boxed, **words), 'lesion_guide')
+    assert not hasattr(train_learner(path, guide=True, **words), 'lesion_guide')
+    with pytest.raises(ValueError, match='^0 films of the training side'): train_learner(path, guide=LesionGuide(), **words)
+    assert full_recipe(pretrained='weights.pth')['guide'] is True and 'guide' not in full_recipe(pretrained=False)
