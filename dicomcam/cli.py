@@ -166,12 +166,19 @@ _recipe = _options(
         help='Start from weights that were trained before: downloaded, or those of FILE; none: from random weights. By '
         'default downloaded where they can be had, if no --arch is named.'),
     click.option('--arch', help='Network, xresnet18 say, or one of timm; by default chosen for this machine.'),
+    click.option('--guide/--no-guide', default=None, help='Lesions that FOLDER knows (masks/, boxes.csv) teach the '
+        'network where to look. By default with pretrained weights, where ten or more are known.'),
     click.option('--size', type=click.IntRange(64), help='Side of the images that the network sees, pixels.'),
     click.option('--epochs', type=click.IntRange(1), help='Passes over the training images.'),
     click.option('--bs', type=click.IntRange(1), help='Images in a batch.'),
     click.option('--seed', default=42, show_default=True, help='Seed of the split and the training.'))
 
-def _given(recipe): return {k: v for k, v in recipe.items() if v is not None} # the options that a person gave
+def _given(recipe):
+    "The options that a person gave. Who asks for a guide is told why there can be none."
+    given = {k: v for k, v in recipe.items() if v is not None}
+    if not given.get('guide'): return given
+    from dicomcam.guide import LesionGuide
+    return given | dict(guide=LesionGuide())
 
 # %% ../nbs/api/37_cli.ipynb #d158c8bf
 _LAYER = ("Layer, by name or by number among the network's children, -6 say; "
@@ -258,6 +265,7 @@ def train(folder, labels, by, seed, checkpoint, resume, out, force, **recipe):
         from dicomcam.absolute import choose_scale
         from dicomcam.batches import split_counts
         from dicomcam.choice import choose_layer
+        from dicomcam.guide import guided
         from dicomcam.labels import label_table, positive_classes
         from dicomcam.models import save_model
         from dicomcam.results import evaluate, predictions
@@ -270,6 +278,7 @@ def train(folder, labels, by, seed, checkpoint, resume, out, force, **recipe):
             data=dict(labels=labels, by=_keyword(by)), **r)
         for line in split_counts(learn.dls).to_string().splitlines(): _tell(line)
         if few := few_films(learn.dls): _tell(few)
+        if n := guided(learn): _tell(f'Lesions of {n} films have shown the network where to look.')
         _tell('Heatmaps: {method} of layer {layer}; {reason}'.format(**choose_layer(learn, folder)))
         if scale := choose_scale(learn): _tell(f'Heatmaps, {scale.method}: {scale}')
         save_model(learn, part)

@@ -99,6 +99,7 @@ def _results(data, files, out, seed, by, phi, recipe, seconds):
     from dicomcam.choice import choose_layer
     from dicomcam.models import save_model
     from dicomcam.report import report
+    from dicomcam.guide import guided
     from dicomcam.results import evaluate, predictions
     from dicomcam.summary import summarize
     from dicomcam.text import write_csv
@@ -116,7 +117,8 @@ def _results(data, files, out, seed, by, phi, recipe, seconds):
     with step('report', 'Writing the report ...'):
         report(learn, fn=out/'report.html', path=data, title='dicomcam demo', phi=phi)
     if 'pointing_game' in heat: results['pointing_game'] = heat['pointing_game'][heat['method']]['value']
-    recipe = {**recipe, 'bs': learn.dls.bs, 'pretrained': bool(recipe.get('pretrained'))} # no file is named
+    recipe = {**recipe, 'bs': learn.dls.bs, 'pretrained': bool(recipe.get('pretrained')), # no file is named
+        'guide': guided(learn)}
     return dict(recipe=recipe, split=_counts(learn.dls), heatmaps=heat, **results)
 
 # %% ../nbs/api/36_demo.ipynb #1e80813c

@@ -1,7 +1,8 @@
 "What a guide teaches: a network that has a short cut looks at the lesion all the same; the rest of the training stays what it was."
-import shutil
+import re, shutil
 
 import numpy as np, pytest, torch
+from click.testing import CliRunner
 from fastai.callback.core import Callback
 from fastai.torch_core import set_seed
 from fastai.vision.augment import Flip
@@ -11,7 +12,8 @@ from torch import nn
 
 from dicomcam.batches import XrayTfm, dicom_dls
 from dicomcam.cam import cam
-from dicomcam.guide import LesionGuide, lesion_loss, training_lesions
+from dicomcam.cli import main
+from dicomcam.guide import LesionGuide, guided, lesion_loss, training_lesions
 from dicomcam.measures import MEASURES
 from dicomcam.networks import dicom_learner
 from dicomcam.training import full_recipe, train_learner
@@ -122,6 +124,7 @@ def test_nothing_is_left_behind(spots):
     learn = fit(learner(path, [LesionGuide(mask_of=known.get)]), 1)
     assert not any(o._forward_hooks for o in learn.model.modules())
     assert all(o.requires_grad for o in learn.model.parameters())
+    assert not any(isinstance(o, torch.Tensor) for o in vars(learn.lesion_guide).values())
 
 def test_only_films_of_the_training_side_teach(spots):
     path, known = spots
@@ -133,14 +136,15 @@ def test_a_lesion_on_a_film_without_the_class_teaches_nothing(spots):
     path, known = spots
     everywhere = np.ones((SIZE, SIZE), bool)
     guide = LesionGuide(mask_of=lambda file: known.get(file, everywhere))
-    fit(learner(path, [guide]), 1)
-    assert guide.masks.mean() < .1
+    watch = Watch()
+    fit(learner(path, [guide, watch]), 1)
+    assert guide.films <= len(known) and max(m.mean() for _, m in watch.drawn) < .1
 
 def test_of_many_some_are_used(spots):
     path, known = spots
     guide = LesionGuide(mask_of=known.get, most=10, fewest=5)
-    fit(learner(path, [guide]), 1)
-    assert 5 <= len(guide.images) == len(guide.masks) <= 10 < len(known)
+    learn = fit(learner(path, [guide]), 1)
+    assert guided(learn) == 10 < len(training_lesions(learn, mask_of=known.get)) and guided(learner(path)) == 0
 
 @pytest.mark.parametrize('how', ['too few', 'another head', 'no such class', 'several'])
 def test_what_cannot_be_guided_says_so(spots, how):
@@ -162,14 +166,30 @@ def test_a_checkpoint_knows_its_guide(tmp_path, spots):
     go_on(.5)
     with pytest.raises(ValueError, match='cbs'): go_on(.7)
 
-def test_a_recipe_guides_where_it_can(spots, tmp_path):
-    path, known = spots # nobody has drawn on these films
-    words = dict(arch='xresnet18', size=SIZE, bs=8, epochs=1, lr=1e-3, fit=False, data=dict(cache=False))
-    boxed = shutil.copytree(path, tmp_path/'boxed')
+@pytest.fixture(scope='module')
+def boxed(spots, tmp_path_factory):
+    "The same films with boxes.csv"
+    path, known = spots
+    out = shutil.copytree(path, tmp_path_factory.mktemp('boxed')/'films')
     corners = {file.name: np.argwhere(mask).min(0) for file, mask in known.items()}
-    (boxed/'boxes.csv').write_text('\n'.join(['file,x,y,width,height', *(f'{name},{x},{y},12,12' for name, (y, x) in corners.items())]))
+    (out/'boxes.csv').write_text('\n'.join(['file,x,y,width,height', *(f'{name},{x},{y},12,12' for name, (y, x) in corners.items())]))
+    return out
+
+def test_a_recipe_guides_where_it_can(spots, boxed):
+    path, _ = spots # nobody has drawn on these films
+    words = dict(arch='xresnet18', size=SIZE, bs=8, epochs=1, lr=1e-3, fit=False, data=dict(cache=False))
     learn = train_learner(boxed, guide=True, **words)
     assert learn.lesion_guide.unfit(learn) is None and not hasattr(train_learner(boxed, **words), 'lesion_guide')
     assert not hasattr(train_learner(path, guide=True, **words), 'lesion_guide')
     with pytest.raises(ValueError, match='^0 films of the training side'): train_learner(path, guide=LesionGuide(), **words)
     assert full_recipe(pretrained='weights.pth')['guide'] is True and 'guide' not in full_recipe(pretrained=False)
+
+def test_the_command_guides_and_says_so(spots, boxed, tmp_path):
+    def train(folder, *more):
+        words = ['train', folder, '--arch', 'xresnet18', '--size', SIZE, '--epochs', 1, '--out', tmp_path/'m.safetensors', '--force', *more]
+        return CliRunner().invoke(main, [*map(str, words)])
+    told = train(boxed, '--guide')
+    assert told.exit_code == 0 and re.search(r'Lesions of \d\d films have shown', told.output), told.output
+    assert 'Lesions of' not in train(boxed).output
+    refused = train(spots[0], '--guide')
+    assert refused.exit_code and 'masks/ or boxes.csv' in f'{refused.exception} {refused.output}'
