@@ -17,7 +17,8 @@ from typing import Any
 def _sendable(e):
     "An exception as one that can be sent: what a person is told stays, and whether it is the disk's fault."
     if isinstance(e, OSError): return OSError(e.errno, e.strerror) if e.errno and e.strerror else OSError(str(e))
-    return next((kind(str(e)) for kind in (ImportError, ValueError) if isinstance(e, kind)), RuntimeError(str(e)))
+    kind = next((o for o in (ImportError, ValueError) if isinstance(e, o)), RuntimeError)
+    return kind(str(e) or type(e).__name__) # a MemoryError says nothing
 
 def _tried(f, *args):
     "What `f` returns, and why it does not."
@@ -50,6 +51,39 @@ class TookTooLong(Exception): "A call did not end in time, and was ended."
 
 class EndedItself(Exception): "The process ended in the middle of a call: a crash, or memory ran out."
 
+class _Child:
+    "A process with something in it, the pipe to it, and what comes back."
+    def __init__(self, make, seconds):
+        context = multiprocessing.get_context('spawn')
+        self.pipe, there = context.Pipe()
+        self.process = context.Process(target=_live, args=[make, there, seconds], daemon=True)
+        self.process.start()
+        there.close()
+
+    def ask(self, f, args, seconds):
+        "What `f` returns there."
+        with suppress(OSError): self.pipe.send((f, args)) # a process that has gone meanwhile shows in its answer
+        return self.answer(seconds)
+
+    def answer(self, seconds=None):
+        "What comes back. Raises TookTooLong, EndedItself, or what was raised there."
+        try:
+            if not self.pipe.poll(seconds): raise TookTooLong(f'it took more than {seconds:g} seconds')
+            result, error = self.pipe.recv()
+        except BaseException as e: # it is still at work: its answer would be taken for that of the next call
+            self.end()
+            if isinstance(e, (EOFError, OSError)): raise EndedItself('the process that works on it ended') from None
+            raise
+        if error: raise error
+        return result
+
+    def end(self):
+        "Whatever it is in the middle of."
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+# %% ../nbs/api/00c_apart.ipynb #26bfbd98
 class Apart:
     "Something in a process of its own, which functions are called with for a limited time."
     def __init__(self,
@@ -57,40 +91,25 @@ class Apart:
         seconds:float, # That a call may take
     ):
         self.make, self.seconds = make, min(seconds, 10**6)
-        self.process: Any = None
+        self.child: Any = None # a `_Child`, while there is one
         self.about: Any = None
 
     def start(self) -> Any: # What `make` tells
         "Start the process, if there is none, and wait until the thing is made. Raises what `make` raises."
-        if self.process and self.process.is_alive(): return self.about
+        if self.child and self.child.process.is_alive(): return self.about
         self.stop()
-        context = multiprocessing.get_context('spawn')
-        self.pipe, there = context.Pipe()
-        self.process = context.Process(target=_live, args=[self.make, there, self.seconds], daemon=True)
-        self.process.start()
-        there.close()
-        try: self.about = self._answer(None)
+        child = _Child(self.make, self.seconds)
+        try: self.about = child.answer()
         except BaseException:
-            self.stop()
+            child.end()
             raise
+        self.child = child
         return self.about
 
     def stop(self) -> None:
-        "End the process, whatever it is in the middle of."
-        if not self.process: return
-        self.process.kill()
-        self.process.join()
-        self.pipe.close()
-        self.process = None
-
-    def _answer(self, seconds):
-        "What comes back. Raises TookTooLong, EndedItself, or what was raised there."
-        late = TookTooLong(f'it took more than {seconds or 0:g} seconds')
-        try: result, error = self.pipe.recv() if self.pipe.poll(seconds) else (None, late)
-        except (EOFError, OSError): result, error = None, EndedItself('the process that works on it ended')
-        if isinstance(error, (TookTooLong, EndedItself)): self.stop()
-        if error: raise error
-        return result
+        "End the process, if there is one."
+        if self.child: self.child.end()
+        self.child = None
 
     def __call__(self,
         f:Callable, # Of a module: takes the thing, and `args`
@@ -100,5 +119,4 @@ class Apart:
         raises: OSError, ValueError, ImportError, or a RuntimeError that says the same."""
         try: self.start()
         except Exception as e: raise OSError(f'what explains cannot be started: {e}') from e
-        with suppress(OSError): self.pipe.send((f, args)) # a process that has gone meanwhile shows in its answer
-        return self._answer(self.seconds)
+        return self.child.ask(f, args, self.seconds)
