@@ -51,6 +51,7 @@ from dicomcam.team import *
 from dicomcam.folder import *
 from dicomcam.demo import *
 from dicomcam.films import *
+from dicomcam.guard import *
 from dicomcam.dimse import *
 from dicomcam.dicomweb import *
 from dicomcam.archive import *

@@ -19,7 +19,8 @@ from .files import progress_bar, whole
 from .read import read_dicom
 from .summary import summarize
 from .films import UIDS, Sent
-from .dimse import DicomPeer, PeerTLS
+from .guard import PeerTLS
+from .dimse import DicomPeer
 from .dicomweb import WebPeer
 
 # %% ../nbs/api/36e_archive.ipynb #4a49e72a

@@ -566,8 +566,9 @@ def serve(model, target, callers, queue, aet, ca, cert, key, timeout, method, sm
     """
     from dicomcam.apart import Apart
     from dicomcam.archive import peer
+    from dicomcam.guard import CallersTLS
     from dicomcam.kinds import XRAYS
-    from dicomcam.node import CallersTLS, FilmQueue, Node, serve as run
+    from dicomcam.node import FilmQueue, Node, serve as run
     files, encrypted = (cert, key, tls_callers), ca or target.lower().startswith(('dicom-tls:', 'https:'))
     if any(files) and not all(files):
         raise click.UsageError('TLS needs --tls-cert, --tls-key and --tls-callers.', click.get_current_context())

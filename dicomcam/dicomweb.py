@@ -21,7 +21,7 @@ from pydicom.datadict import keyword_for_tag, tag_for_keyword
 
 from .read import DicomError, read_dicom
 from .films import MAX_ANSWERS, PASSING, UIDS, Sent, decompressed, film_kind, status_text, with_header
-from .dimse import PeerTLS
+from .guard import PeerTLS
 
 # %% ../nbs/api/36d_dicomweb.ipynb #a36f3da0
 def _secret(name):

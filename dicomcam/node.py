@@ -26,7 +26,8 @@ from .kinds import XRAYS, other_kind
 from .phi import unquoted
 from .objects import save_sc, save_seg
 from .evidence import save_sr
-from .dimse import ECHO, FILM_KINDS, PLAIN, SYNTAXES, CallersTLS, DicomPeer, Guard
+from .guard import CallersTLS, Guard
+from .dimse import ECHO, FILM_KINDS, PLAIN, SYNTAXES, DicomPeer
 from .dicomweb import WebPeer
 
 # %% ../nbs/api/36f_node.ipynb #2067a4f7

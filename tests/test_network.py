@@ -411,6 +411,36 @@ def test_wrong_certificate(name, who, says, films, certificates):
             with pytest.raises(OSError) as e: work(**as_who(certificates, **who))
             one_line(e, says, 'PEER@127.0.0.1')
 
+def test_expired(films, certificates, tmp_path):
+    "The peer's, or this side's: told so, and not that somebody is to be named"
+    for o in ('peer', 'me'):
+        run = partial(subprocess.run, check=True, capture_output=True)
+        run(['openssl', 'req', '-new', '-key', certificates/f'{o}.key', '-subj', f'/CN={o}', '-addext', 'subjectAltName=IP:127.0.0.1', '-out', tmp_path/'csr'])
+        (tmp_path/'ca').mkdir(exist_ok=True)
+        (tmp_path/'ca'/'index').write_text('')
+        (tmp_path/'ca.cnf').write_text(f'[ca]\ndefault_ca=a\n[a]\ndatabase={tmp_path}/ca/index\nnew_certs_dir={tmp_path}/ca\npolicy=p\nrand_serial=yes\ndefault_md=sha256\ncopy_extensions=copy\n[p]\ncommonName=supplied\n')
+        run(['openssl', 'ca', '-config', tmp_path/'ca.cnf', '-batch', '-selfsign', '-keyfile', certificates/f'{o}.key', '-in', tmp_path/'csr', '-out', tmp_path/f'{o}.pem',
+            '-startdate', '20200101000000Z', '-enddate', '20200102000000Z', '-notext'])
+        shutil.copy(certificates/f'{o}.key', tmp_path)
+    shutil.copy(certificates/'me.pem', tmp_path/'real.pem')
+    shutil.move(tmp_path/'me.pem', tmp_path/'late.pem')
+    shutil.copy(certificates/'me.pem', tmp_path/'me.pem')
+    with tls_node(tmp_path) as address, pytest.raises(OSError) as e: find(address, most=1, **as_who(certificates)|dict(ca=tmp_path/'peer.pem'))
+    one_line(e, 'certificate has expired')
+    assert '--tls-ca' not in str(e.value)
+    shutil.copy(tmp_path/'late.pem', tmp_path/'me.pem') # whom the node believes
+    shutil.copy(certificates/'peer.pem', tmp_path/'peer.pem')
+    with tls_node(tmp_path) as address, pytest.raises(OSError) as e: find(address, most=1, ca=certificates/'peer.pem', cert=tmp_path/'late.pem', key=certificates/'me.key', timeout=10)
+    one_line(e, 'certificate of this side', 'expired')
+
+@pytest.mark.posix
+def test_key_that_all_may_read(certificates, tmp_path, recwarn):
+    key = Path(shutil.copy(certificates/'me.key', tmp_path))
+    for mode, told in ((0o600, 0), (0o640, 0), (0o644, 1)):
+        key.chmod(mode)
+        peer('dicom-tls://PEER@127.0.0.1:1', cert=certificates/'me.pem', key=key)
+        assert len([o for o in recwarn if f'{key}: everybody on this machine may read this key' in str(o.message)]) == told
+
 def test_no_certificate(films, certificates, tmp_path):
     "None of this side, none that is one, of whom nothing encrypts, to whom does not, or who says nothing"
     with tls_node(certificates) as address:
@@ -419,13 +449,16 @@ def test_no_certificate(films, certificates, tmp_path):
         with pytest.raises(ConnectionError) as e: find(address.replace('-tls', ''), most=1, timeout=2)
         one_line(e, 'does not answer as DICOM does')
     (tmp_path/'no.pem').write_text('no certificate')
-    for wrong in (dict(ca=tmp_path/'no.pem'), dict(ca=tmp_path/'none.pem'), dict(cert=certificates/'me.pem', key=certificates/'other.key'), dict(key=certificates/'me.key')):
+    for wrong in (dict(ca=tmp_path/'none.pem'), dict(cert=certificates/'me.pem', key=tmp_path/'none.key')):
+        with pytest.raises(FileNotFoundError) as e: find('dicom-tls://PEER@127.0.0.1:1', most=1, **wrong)
+        one_line(e, str([*wrong.values()][-1])+': no such file')
+    for wrong in (dict(ca=tmp_path/'no.pem'), dict(cert=certificates/'me.pem', key=certificates/'other.key'), dict(key=certificates/'me.key')):
         for address in ('dicom-tls://PEER@127.0.0.1:1', 'https://127.0.0.1:1'):
             with pytest.raises(OSError) as e: find(address, most=1, **wrong)
             one_line(e, 'no certificate', str([*wrong.values()][0]))
     subprocess.run(['openssl', 'ec', '-in', certificates/'me.key', '-aes128', '-passout', 'pass:word', '-out', tmp_path/'locked.key'], check=True, capture_output=True)
     with pytest.raises(OSError) as e: find('dicom-tls://PEER@127.0.0.1:1', most=1, cert=certificates/'me.pem', key=tmp_path/'locked.key')
-    one_line(e, 'locked.key') # and asks nobody for a password
+    one_line(e, 'locked.key', 'locked by a password') # and asks nobody for it
     with node() as address, pytest.raises(OSError) as e: find(address.replace('dicom', 'dicom-tls'), most=1, **as_who(certificates))
     one_line(e, 'does not speak TLS')
     with raw(lambda c: None) as address, pytest.raises(ConnectionError) as e: find(address.replace('dicom', 'dicom-tls'), most=1, **as_who(certificates)|dict(timeout=.5))

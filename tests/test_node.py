@@ -14,7 +14,8 @@ from pynetdicom import AE, AllStoragePresentationContexts, build_context, evt
 import aside
 from dicomcam.apart import Apart
 from dicomcam.archive import fetch, find, peer, send
-from dicomcam.dimse import CallersTLS, DicomPeer, PeerTLS
+from dicomcam.dimse import DicomPeer
+from dicomcam.guard import CallersTLS, PeerTLS
 from dicomcam.node import FilmQueue, Node, answer_films, listening, serve
 from test_network import certificates, films, free_port, orthanc
 
