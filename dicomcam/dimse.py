@@ -10,7 +10,7 @@ __all__ = ['PLAIN', 'SYNTAXES', 'FILM_KINDS', 'ECHO', 'DicomPeer']
 # %% ../nbs/api/36c_dimse.ipynb #6e623ed6
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -41,6 +41,12 @@ def _by_kind(films):
     for part in parts + [['']]*('' in kinds):
         yield [o for o in part if o] or FILM_KINDS, [o for o in films if o['SOPClassUID'] in part]
 
+def _by_series(films, n=10):
+    "Films of a series in lists."
+    series: dict = {}
+    for o in films: series.setdefault((o['StudyInstanceUID'], o['SeriesInstanceUID']), []).append(o)
+    for some in series.values(): yield from chunked(some, n)
+
 # %% ../nbs/api/36c_dimse.ipynb #ed2b2aac
 _UNKNOWN = {3: 'does not know this side by the name {mine}: have it entered there, or pass aet=',
     7: 'has another AE title than {aet}: ask whoever keeps it'} # PS3.8 section 9.3.4, diagnostic of the service user
@@ -68,29 +74,34 @@ def _broken(peer, guard):
     return ConnectionError(f'{peer}: {guard.why or f"broke off, or was silent for {peer.timeout:g} seconds"}.')
 
 # %% ../nbs/api/36c_dimse.ipynb #aa5d5e9c
+_NOT_SENT = 'it was not sent'
+
 class _Receiver:
-    "Takes the film that was asked for, and no other, from whoever sends it."
+    "Takes the films that were asked for, and no others, from whoever sends them."
     def __init__(self, keep, guard):
         self.keep, self.guard = keep, guard
-        self.film, self.problem, self.broken = None, None, None
+        self.films, self.problems, self.broken = {}, {}, None
 
-    def ask(self, film):
-        "From here on it is this film that is to come."
-        self.film, self.problem, self.broken, self.guard.n = film, 'it was not sent', None, 0
+    def ask(self, films):
+        "From here on it is these films that are to come."
+        self.films = {o['SOPInstanceUID']: o for o in films}
+        self.problems, self.broken, self.guard.n = dict.fromkeys(self.films, _NOT_SENT), None, 0
 
     def __call__(self, event):
         "Called by pynetdicom for each film; returns a status of PS3.4 table B.2-1."
-        if self.film is None or event.request.AffectedSOPInstanceUID != self.film['SOPInstanceUID']:
-            self.problem = 'the archive sends another film than the one that was asked for'
+        name, self.guard.n = str(event.request.AffectedSOPInstanceUID), 0
+        if name not in self.films:
+            missing = [o for o, why in self.problems.items() if why == _NOT_SENT]
+            self.problems |= dict.fromkeys(missing, 'the archive sends another film than the one that was asked for')
             return 0xA900
-        try: self.keep(self.film, event.encoded_dataset())
+        try: self.keep(self.films[name], event.encoded_dataset())
         except OSError as e:
             self.broken = e # of this machine: a full disk
             return 0xA700
         except ValueError as e:
-            self.problem = str(e)
+            self.problems[name] = str(e)
             return 0xC000
-        self.problem = None
+        self.problems[name] = None
         return 0
 
 # %% ../nbs/api/36c_dimse.ipynb #cf97b6f5
@@ -115,7 +126,7 @@ def _keep_answers(assoc):
     take = assoc.dimse.get_msg
     assoc.dimse.get_msg = lambda block=False: take(block) if block else (None, None)
 
-# %% ../nbs/api/36c_dimse.ipynb #cb5fd281
+# %% ../nbs/api/36c_dimse.ipynb #f229fdc8
 @contextmanager
 def _associated(
     peer,
@@ -176,14 +187,14 @@ def _search(peer, assoc, guard, level, keys):
 
 # %% ../nbs/api/36c_dimse.ipynb #66dae17d
 @contextmanager
-def _listening(peer, assoc, receiver):
-    "Take films at a port of our own, from `peer` alone, at the address by which `assoc` goes out."
+def _listening(peer, assoc, receiver, kinds):
+    "Take films of these kinds at a port of our own, from `peer` alone, at the address by which `assoc` goes out."
     if peer.listen is None:
         raise OSError(f'{peer}: has no C-GET. It may send films by C-MOVE: have {peer.mine} entered there with this '
             'machine and a port, and name the port (--port).')
     ae = _entity(peer)
-    from pynetdicom import AllStoragePresentationContexts, evt
-    for o in AllStoragePresentationContexts: ae.add_supported_context(o.abstract_syntax, SYNTAXES)
+    from pynetdicom import evt
+    for o in kinds: ae.add_supported_context(o, SYNTAXES) # no more: each connection negotiates them anew
     ae.require_calling_aet, ae.require_called_aet = [peer.aet], True
     handlers = [(evt.EVT_CONN_OPEN, receiver.guard.opened), (evt.EVT_C_STORE, receiver)]
     tls: Any = peer.tls and peer.tls.callers()
@@ -193,16 +204,26 @@ def _listening(peer, assoc, receiver):
     try: yield
     finally: server.shutdown()
 
-def _get(peer, assoc, film, receiver, moves):
-    "Ask for one film, and wait until it is there; why it is not, or None."
-    receiver.ask(film)
-    keys, status = _identifier('IMAGE', {o: film[o] for o in UIDS[:3]}), None
+def _get(peer, assoc, films, receiver, moves):
+    "Ask for films of a series, and wait until they are there: each, and why it is not, or None."
+    receiver.ask(films)
+    keys, status = {o: films[0][o] for o in UIDS[:2]} | {UIDS[2]: [*receiver.films]}, None
     if not assoc.is_established: raise _broken(peer, receiver.guard)
-    for reply, _ in assoc.send_c_move(keys, peer.mine, _MOVE) if moves else assoc.send_c_get(keys, _GET):
+    request = _identifier('IMAGE', keys)
+    for reply, _ in assoc.send_c_move(request, peer.mine, _MOVE) if moves else assoc.send_c_get(request, _GET):
         status = reply.get('Status')
     if receiver.broken: raise receiver.broken
     if status is None: raise _broken(peer, receiver.guard)
-    return receiver.problem and (f'{receiver.problem}: {status_text(status)}' if status else receiver.problem)
+    for film, why in zip(films, receiver.problems.values()):
+        yield film, f'{why}: {status_text(status)}' if why and status else why
+
+def _move(peer, assoc, films, receiver):
+    "The same by C-MOVE. What did not come with others, of an archive that knows no lists say, is asked for by itself."
+    alone = films if len(films) == 1 else []
+    for film, why in _get(peer, assoc, films, receiver, True) if not alone else ():
+        if why: alone.append(film)
+        else: yield film, None
+    for film in alone: yield from _get(peer, assoc, [film], receiver, True)
 
 def _get_all(peer, films, keep):
     "See `DicomPeer.get`."
@@ -212,9 +233,11 @@ def _get_all(peer, films, keep):
         with _associated(peer, contexts, receiver.guard, receiver) as assoc:
             offered = {o.abstract_syntax for o in assoc.accepted_contexts}
             if not offered & {_GET, _MOVE}: raise OSError(f'{peer}: hands out no films (no C-GET, no C-MOVE).')
-            moves = _GET not in offered
-            with _listening(peer, assoc, receiver) if moves else nullcontext():
-                for film in some: yield film, _get(peer, assoc, film, receiver, moves)
+            if _GET in offered:
+                for film in some: yield from _get(peer, assoc, [film], receiver, False)
+                continue
+            with _listening(peer, assoc, receiver, kinds):
+                for part in _by_series(some): yield from _move(peer, assoc, part, receiver)
 
 # %% ../nbs/api/36c_dimse.ipynb #83b5377e
 def _batches(known):

@@ -124,6 +124,14 @@ def _write_answer(h, i, cls, model, folder):
     words = [*model, f'layer {h.layers[-1]}', str(drawn)]
     save_sr(seg, folder/'3.dcm', h.classes[k], float(h.probs[i, k]), h.method, words)
 
+@contextmanager
+def _of_the_film():
+    "Pillow raises OSError for a picture that it cannot read. One of the system, of a full disk say, has a number."
+    try: yield
+    except OSError as e:
+        if e.errno: raise
+        raise ValueError(str(e)) from e
+
 def write_answers(
     explain:Callable, # List of files -> `Heatmaps`
     films:list,       # Files
@@ -132,9 +140,10 @@ def write_answers(
     model:list,       # What tells the model in a report, a text each
 ) -> list[str]:       # Why a film has no answer, '' where it has one
     "Explain films together, and write their answers. Raises OSError for a full disk, else what `explain` does."
-    h, whys = explain(films), []
+    with _of_the_film(): h, whys = explain(films), []
     for i, folder in enumerate(folders):
-        try: whys.append(_write_answer(h, i, cls, model, folder) or '')
+        try:
+            with _of_the_film(): whys.append(_write_answer(h, i, cls, model, folder) or '')
         except ValueError as e:
             remove(folder)
             whys.append(f'gets no answer: {e}')
@@ -171,7 +180,7 @@ class Node:
 # %% ../nbs/api/36f_node.ipynb #8793e60e
 def _done(node, film, why=''):
     "A film has its answer, or gets none, and goes."
-    if why: node.log(f'film {film.stem}: {unquoted(why).replace(str(film), "it")}')
+    if why: node.log(f'film {film.stem}: {unquoted(why).replace(f"{film}: ", "").replace(str(film), "it")}')
     if node.keep: film.replace(private_folder(node.queue.folder/'kept')/film.name)
     for o in (film, _marks(film)): remove(o)
     with suppress(OSError): film.parent.rmdir() # unless others wait there

@@ -345,6 +345,27 @@ def test_no_answer_is_lost(films, monkeypatch):
     with node(handing_out(films)) as address:
         for _ in range(3): assert len(find(address, most=100, timeout=5)) == len(films)
 
+@pytest.mark.parametrize('lists, requests', [(True, 2), (False, 14)])
+def test_move_together(lists, requests, films, tmp_path):
+    "The films of a series by one C-MOVE for ten, each by its own where an archive knows no lists"
+    series, asked = [], []
+    for i, fn in enumerate(films[:12]):
+        ds = pydicom.dcmread(fn)
+        ds.StudyInstanceUID, ds.SeriesInstanceUID = '1.2.3', '1.2.4'
+        ds.save_as(tmp_path/f'{i}.dcm')
+        series.append(tmp_path/f'{i}.dcm')
+    def move(event):
+        asked.append(event.identifier.SOPInstanceUID)
+        names = asked[-1] if isinstance(asked[-1], pydicom.multival.MultiValue) else [asked[-1]]
+        some = [o for o in map(pydicom.dcmread, series) if o.SOPInstanceUID in names] if lists or len(names) == 1 else []
+        yield '127.0.0.1', ours, dict(contexts=[build_context(o.SOPClassUID, o.file_meta.TransferSyntaxUID) for o in some[:1]] or None)
+        yield len(some)
+        for o in some: yield 0xFF00, o
+    ours = free_port()
+    with node([*handing_out(series), (evt.EVT_C_MOVE, move)], get=False) as address:
+        check_fetched(fetch(address, find(address, most=100), tmp_path/'films', port=ours, **ONE), series, tmp_path/'films')
+    assert len(asked) == requests
+
 # TLS
 
 @pytest.fixture(scope='session')

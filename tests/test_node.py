@@ -231,6 +231,20 @@ def test_a_film_that_ends_the_process(films, tmp_path):
     check_answers(kept.values(), films[1:4])
     assert 'ended the process' in '\n'.join(log) and ends < 30 and not FilmQueue(tmp_path/'queue').films()
 
+def test_a_film_that_breaks_in_the_decoder(films, tmp_path):
+    "Pillow raises OSError for a spoilt picture: it is that film's, no full disk for which all have to wait"
+    log, spoilt = [], pydicom.dcmread(films[0]).SOPInstanceUID
+    with target() as (address, kept):
+        node = a_node(tmp_path/'queue', peer(address), log)
+        for o in films[:3]: node.queue.take(o.read_bytes())
+        def alone(files):
+            if spoilt in [pydicom.dcmread(o).SOPInstanceUID for o in files]: raise OSError('broken data stream when reading image file')
+            return explain(files)
+        node.explain = alone
+        answer_films(node)
+    check_answers(kept.values(), films[1:3])
+    assert not node.queue.films() and sum('broken data stream' in o for o in log) == 1
+
 class Nobody:
     "Takes no answer: they stay"
     def put(self, files): return ()
@@ -406,28 +420,34 @@ def mutants(port, films, count, seed):
     assoc = ae.associate('127.0.0.1', port, ae_title='DICOMCAM', evt_handlers=[(evt.EVT_DATA_SENT, lambda e: talk.append(e.data))])
     assoc.send_c_store(pydicom.dcmread(films[0]))
     assoc.release()
-    for _ in range(count):
-        kind = rng.randrange(4)
-        if kind == 0: yield [rng.randbytes(rng.randrange(2000))]
+    for i in range(count):
+        kind = rng.randrange(5)
+        if kind == 0: yield [rng.randbytes(rng.randrange(2000))], False
         else:
-            parts = [bytearray(o) for o in talk]
+            parts = [bytearray(o.replace(b'3680043', b'%d' % (10**6+i))) for o in talk] # another film
             for _ in range(rng.choice((1, 3, 30))):
-                o = rng.choice(parts)
+                o = rng.choices(parts[kind == 4:], [len(o) for o in parts[kind == 4:]])[0]
                 o[rng.randrange(len(o))] = rng.randrange(256)
             if kind == 1: rng.shuffle(parts)
             if kind == 2: parts = parts[:rng.randrange(len(parts))]
-            yield parts
+            yield parts, kind == 4
+
+def talk_to(port, parts, listens):
+    "Say all of it; one who listens waits for an answer to the first part and before the last, as those do whose films are taken"
+    with socket.create_connection(('127.0.0.1', port)) as c:
+        c.settimeout(1)
+        try:
+            for i, o in enumerate(parts):
+                c.sendall(o)
+                if listens and i in (0, len(parts)-2): c.recv(10_000)
+        except OSError: pass
 
 def test_garbage(films, tmp_path):
     "Random and mutated PDUs: the node goes on, and keeps nothing that is no film"
     count, seed = (int(os.environ.get(f'DICOMCAM_FUZZ_{o}', n)) for o, n in (('COUNT', 40), ('SEED', 0)))
     node = a_node(tmp_path/'queue', timeout=.3)
     with listening(node) as port:
-        for parts in mutants(port, films, count, seed):
-            with socket.create_connection(('127.0.0.1', port)) as c:
-                try:
-                    for o in parts: c.sendall(o)
-                except OSError: pass
+        for parts, listens in mutants(port, films, count, seed): talk_to(port, parts, listens)
         for _ in range(100): # until those that still wait for more have gone
             try: sender(port).echo(); break
             except OSError: time.sleep(.1)
