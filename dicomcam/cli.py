@@ -1,4 +1,4 @@
-"""Nine commands for people and scripts: they say plainly what went wrong and leave nothing half-written.
+"""Ten commands for people and scripts: they say plainly what went wrong and leave nothing half-written.
 
 Docs: https://dicomcam.github.io/dicomcam/api/cli.html.md"""
 
@@ -447,6 +447,37 @@ def passport(model, folder, labels, by, method, smooth, layer, positive, held_ou
         if json_part: told.to_json(json_part)
     for say in told.verdict: _tell(say.text)
     _tell(f'Passport in {out}' + (f' and {json_out}' if beside else ''))
+
+# %% ../nbs/api/37_cli.ipynb #d56b9b34
+@main.command('scale')
+@click.argument('model')
+@click.argument('folder')
+@_labels
+@_by(None, 'As for train; by default as MODEL was trained.')
+@click.option('--positive', help='The disease; by default the last class.')
+@_out('scaled.safetensors', 'Model file to write.')
+def _new_scale(model, folder, labels, by, positive, out, force):
+    """MODEL with a new scale for its heatmaps: what healthy images of FOLDER stay below has no colour. Take some 300
+    labelled ones that it has not seen. Where masks/ or boxes.csv know lesions, method and layer are chosen anew too.
+
+    \b
+    Example: dicomcam scale model.safetensors ~/unseen --out scaled.safetensors
+    """
+    with _output(out, force) as part:
+        from dicomcam.absolute import calibrate, choose_scale
+        from dicomcam.data import lesion_mask
+        from dicomcam.models import save_model
+        learn, table = _model_and_table(model, folder, labels, by, False)
+        what = dict(items=table.file.tolist(), labels=table.label, cls=positive, group=table.group.to_numpy())
+        masks = [lesion_mask(folder, o) for o in table.file]
+        if all(o is None for o in masks): made = choose_scale(learn, **what)
+        else:
+            made = calibrate(learn, masks=masks, **what)
+            _tell('Heatmaps: {method} of layer {layer}; {reason}'.format(**learn.choice))
+        if not made: raise ValueError(f'{folder}: too few healthy images for a scale.')
+        save_model(learn, part)
+    _tell(f'Heatmaps, {made.method}: {made}')
+    _tell(f'Model in {out}')
 
 # %% ../nbs/api/37_cli.ipynb #e409ce9d
 _network = _options(

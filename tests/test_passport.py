@@ -332,3 +332,24 @@ def test_labels_of_one_finding_for_a_network_of_several(folder, tmp_path):
     df, _ = readable_predictions(learn, as_findings(learn, table))
     p = df.Pneumothorax.where(table.label == 'Pneumothorax', 1-df.Pneumothorax)
     assert {f'{-np.log(o):.6f}' for o in p} >= set(re.findall('data-loss="(.*?)"', fn.read_text()))
+
+# --- the scale, made anew
+
+def test_scale_of_a_model_by_a_folder(tmp_path):
+    "Where lesions are known with the map that shows them; without any of what the model says; of few healthy films there is none"
+    from dicomcam.data import phantom
+    from dicomcam.models import load_model
+    from dicomcam.training import train_learner
+    films = phantom(tmp_path/'films', n=44, size=64, seed=5)
+    fn = save_model(train_learner(films, fit=False, arch='xresnet18', size=64, bs=8), tmp_path/'m.safetensors')
+    r, made = run('scale', fn, films, '--out', tmp_path/'s.safetensors'), load_model(tmp_path/'s.safetensors')
+    assert made.choice['reason'].startswith('shows ') and made.choice['reason'] in r.stdout and str(made.heat_scale) in r.stdout
+    assert made.heat_scale.healthy >= 19 and made.heat_scale.layer == made.choice['layer'] and 's.safetensors' in r.stdout.splitlines()[-1]
+    assert 'is what the command reads' in run('scale', fn, films, '--out', fn, '--force', status=2).stderr
+    for o in ('masks', 'boxes.csv'): (films/o).rename(tmp_path/o)
+    run('scale', fn, films, '--out', tmp_path/'plain.safetensors')
+    plain = load_model(tmp_path/'plain.safetensors')
+    assert plain.heat_scale.healthy == made.heat_scale.healthy and not plain.choice
+    t = pd.read_csv(films/'labels.csv').groupby('label').head(9)
+    t.to_csv(films/'few.csv', index=False)
+    assert 'too few healthy images for a scale' in run('scale', fn, films, '--labels', 'few.csv', '--out', tmp_path/'few.safetensors', status=2).stderr and not (tmp_path/'few.safetensors').exists()
