@@ -4,7 +4,9 @@ For each training seed a network learns its phantom. Method, layer and scale are
 with `--calibrate`, on other phantoms that the network has not seen. Then films of the judging phantoms are looked at, once, at the threshold
 of the scale. A lesion is lit if a region at or above the threshold touches it; `peak`: if the region's brightest point lies in it; `elsewhere`:
 the same regions against the mirror image of the lesion, as a measure of luck. `pointing`: the brightest point of the map, over the lesions
-that the network found, on the network's pixels with 3 % of tolerance, and `ahead` of the best baseline, paired. Intervals are by patient.
+that the network found, on the network's pixels with 3 % of tolerance, and `ahead` of the best baseline, paired. `misses left`: of the maps
+that miss, the share that is still read where the least trusted fifth of a network's found lesions is not; trust is how far the same method
+at the neighbouring stages confirms the brightest point. Last come all networks together, a patient's films as one. Intervals are by patient.
 
 `--models DIR` takes DIR/s<seed>/model.safetensors, as `dicomcam demo` writes it, in place of a training; `--save DIR` writes the models with
 what was chosen on other phantoms, which another run takes as they are; `--phantoms DIR` keeps the phantoms there, and not in the cache."""
@@ -13,8 +15,9 @@ from pathlib import Path
 
 import cv2, numpy as np, pandas as pd
 
-from dicomcam.all import (Heatmaps, attribute, calibrate, choose_layer, choose_scale, dicom_dls, froc, joined, label_table, lesion_mask,
-    lesion_prior, load_model, mean_interval, measures_by_image, paired_difference, phantom, save_model, shown_by, train_learner)
+from dicomcam.all import (Heatmaps, abstain, abstention, attribute, calibrate, choose_layer, choose_scale, dicom_dls, froc, joined,
+    label_table, late_stages, layer_by_layer, lesion_mask, lesion_prior, load_model, mean_interval, measures_by_image, paired_difference,
+    phantom, save_model, shown_by, train_learner, trust_signals)
 
 CLS = 'Pneumothorax'
 
@@ -42,9 +45,16 @@ def learner(seed, args):
     return learn
 
 def maps_of(learn, table):
-    "Maps of a phantom's films, as the scale has them."
+    "Maps of a phantom's films, as the scale has them, and those of the neighbouring stages."
     method, layer = shown_by(learn)
-    return attribute(learn, table.file.tolist(), learn.heat_scale.cls, layer, method, learn.heat_scale.smooth)
+    stages = late_stages(learn)
+    near = stages[max(0, stages.index(layer)-1):stages.index(layer)+2]
+    return attribute(learn, table.file.tolist(), learn.heat_scale.cls, near, method, learn.heat_scale.smooth)
+
+def trust_of(h, scale):
+    "How far the neighbouring stages confirm each map."
+    shown, *others = sorted(layer_by_layer(h), key=lambda o: o.layers != [scale.layer])
+    return trust_signals([shown, *others], scale.cls).confirmed
 
 def interval(value, low, high, n=2): return f'{value:.{n}f} ({low:.{n}f} to {high:.{n}f})'
 
@@ -69,6 +79,7 @@ def pointing(learn, h, masks, prior):
 
 def pointed(values, group):
     "The pointing game, and how far the map is ahead of the best baseline; `prior` knows the judged lesions themselves."
+    values = values.rename(columns={values.columns[0]: 'map'})
     mine, *others = values.columns
     best = max(others, key=lambda o: values[o].mean())
     ahead = paired_difference(values[mine], values[best], group)
@@ -84,19 +95,39 @@ def judged(learn, args):
     for judge, t, h in zip([*args.judges, 'all'], tables, maps):
         masks, group = t['mask'].tolist(), t.group.to_numpy()
         values = pointing(learn, h, masks, prior)
-        yield dict(judge=judge, **on_the_scale(learn.heat_scale, h, masks, group), **pointed(values, group[values.index]))
+        group = group[values.index]
+        found = values.set_axis(['map', *values.columns[1:]], axis=1).assign(group=group, trust=trust_of(h, learn.heat_scale)[values.index])
+        yield dict(judge=judge, **on_the_scale(learn.heat_scale, h, masks, t.group.to_numpy()), **pointed(values, group), **left(found)), found
+
+def left(found):
+    "Which share of the maps that miss is still read, if the least trusted fifth of each network is not."
+    by = found.network if 'network' in found else np.zeros(len(found))
+    unread = found.groupby(by).trust.transform(lambda o: abstain(o.to_numpy(), o.to_numpy()))
+    o = abstention((found['map'] >= .5).to_numpy(), unread.to_numpy(bool), found.group.to_numpy()).loc['misses left']
+    return {'misses left': f'{interval(o.value, o.low, o.high)} of {o.n:.0f}'}
+
+def all_networks(found):
+    "All networks together: the map against each baseline, and what abstention leaves."
+    found = pd.concat([o.assign(network=seed) for seed, o in found.items()], ignore_index=True)
+    baselines = [o for o in found if o not in ('map', 'group', 'trust', 'network')]
+    ahead = {o: paired_difference(found['map'].to_numpy(), found[o].to_numpy(), found.group.to_numpy(), hits=True) for o in baselines}
+    hits = mean_interval(found['map'].to_numpy(), group=found.group.to_numpy(), hits=True)
+    print(f'all networks: pointing {interval(*hits)} of {len(found)}', *(f'ahead of {o} by {interval(d["value"], d["low"], d["high"])}, '
+        f'p = {d["p"]:.4f}' for o, d in ahead.items()), f'misses left {left(found)["misses left"]}', sep='; ')
 
 def main(args):
-    rows = []
+    rows, every = [], {}
     for seed in args.seeds:
         with warnings.catch_warnings(action='ignore'): learn = learner(seed, args)
         scale = learn.heat_scale
         print(f'seed {seed}: {scale.method}, layer {scale.layer}, {scale.healthy} healthy patients, {scale.ill} ill; {scale}; {learn.choice["reason"]}',
             flush=True)
-        for row in judged(learn, args) if args.judges else ():
+        for row, found in judged(learn, args) if args.judges else ():
             rows.append(dict(trained=seed, **row))
+            every[seed] = found # the last is of all judges
             print('; '.join(f'{k} {v}' for k, v in rows[-1].items()), flush=True)
     print(pd.DataFrame(rows).to_string(index=False))
+    if every: all_networks(every)
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
