@@ -556,6 +556,26 @@ def _explainer(model, method, smooth, layer, cls, words):
     _, maps, shown = _engine(model, method, smooth, layer, cls, None)
     return maps, (shown, maps.args[0].dls.setup.films or {})
 
+# %% ../nbs/api/37_cli.ipynb #fbc364c7
+_films = _options(
+    click.option('--modality', 'Modality', multiple=True, metavar='CODE',
+        help='Of films that are answered, * for any; several times for several. By default those that MODEL was trained '
+            'on, as its file says; else CR, DX.'),
+    click.option('--body-part', 'BodyPartExamined', multiple=True, metavar='CODE', help='The same: CHEST, say.'),
+    click.option('--view', 'ViewPosition', multiple=True, metavar='CODE', help='The same: PA, say.'))
+
+_limits = _options(
+    click.option('--limit', default=120., show_default=True, type=click.FloatRange(1),
+        help='Seconds that explaining a film, or up to 16 together, may take. One that takes longer gets no answer.'),
+    click.option('--max-film', default=256, show_default=True, type=click.IntRange(1), help='MB that a film may have.'),
+    click.option('--max-pdu', default=1024, show_default=True, type=click.IntRange(16),
+        help='KB that one message of the protocol may have.'),
+    click.option('--associations', 'most', default=8, show_default=True, type=click.IntRange(1),
+        help='Associations at a time; more are refused.'),
+    click.option('--free', default=1024, show_default=True, type=click.IntRange(0),
+        help='MB that stay free on the disk of the queue: no film is taken that needs them.'))
+
+# %% ../nbs/api/37_cli.ipynb #a62ce739
 @main.command()
 @click.argument('model')
 @click.option('--to', 'target', required=True, metavar='ADDRESS', help='Where answers go, as SOURCE of fetch.')
@@ -564,24 +584,12 @@ def _explainer(model, method, smooth, layer, cls, words):
 @click.option('--host', default='127.0.0.1', show_default=True, help='Address to listen at.')
 @click.option('--port', default=11112, show_default=True, type=click.IntRange(1, 65535), help='Port to listen at.')
 @_network
-@click.option('--modality', 'Modality', multiple=True, metavar='CODE',
-    help='Of films that are answered, * for any; several times for several. By default those that MODEL was trained '
-        'on, as its file says; else CR, DX.')
-@click.option('--body-part', 'BodyPartExamined', multiple=True, metavar='CODE', help='The same: CHEST, say.')
-@click.option('--view', 'ViewPosition', multiple=True, metavar='CODE', help='The same: PA, say.')
+@_films
 @_maps
 @click.option('--class', 'cls', help='Class to explain; by default the likeliest of each film.')
 @click.option('--quiet', default=5., show_default=True, type=click.FloatRange(0),
     help='Seconds after its last film when a study is answered.')
-@click.option('--limit', default=120., show_default=True, type=click.FloatRange(1),
-    help='Seconds that explaining a film, or up to 16 together, may take. One that takes longer gets no answer.')
-@click.option('--max-film', default=256, show_default=True, type=click.IntRange(1), help='MB that a film may have.')
-@click.option('--max-pdu', default=1024, show_default=True, type=click.IntRange(16),
-    help='KB that one message of the protocol may have.')
-@click.option('--associations', 'most', default=8, show_default=True, type=click.IntRange(1),
-    help='Associations at a time; more are refused.')
-@click.option('--free', default=1024, show_default=True, type=click.IntRange(0),
-    help='MB that stay free on the disk of the queue: no film is taken that needs them.')
+@_limits
 @click.option('--keep', is_flag=True, help='Keep films after their answer.')
 @click.option('--phi', is_flag=True, help='Tell numbers of films and patients in the log.')
 @click.option('--tls-callers', metavar='FILE',

@@ -7,7 +7,7 @@ Docs: https://dicomcam.github.io/dicomcam/api/guide.html.md"""
 # %% auto #0
 __all__ = ['each_lesion', 'training_lesions', 'training_prior', 'lesion_loss', 'LesionGuide', 'guided']
 
-# %% ../nbs/api/29g_guide.ipynb #0a0bd95e
+# %% ../nbs/api/29g_guide.ipynb #40c3746b
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
@@ -31,7 +31,7 @@ from .classifier import Classifier, unwrapped
 from .explain import as_found
 from .head import find_head
 
-# %% ../nbs/api/29g_guide.ipynb #e00ce94a
+# %% ../nbs/api/29g_guide.ipynb #b241419f
 def each_lesion(
     learn:Learner,              # Of `dicom_dls`
     path:str|Path|None=None,    # Folder whose `masks/` or `boxes.csv` know the lesions; None: that of the dataloaders
@@ -60,7 +60,7 @@ def training_prior(
     known = training_lesions(*args, **kw)
     return lesion_prior(known.values()) if known else None
 
-# %% ../nbs/api/29g_guide.ipynb #3539d60a
+# %% ../nbs/api/29g_guide.ipynb #caa92ab6
 def lesion_loss(
     maps:Tensor,  # (n, rows, columns), in units of the score
     masks:Tensor, # (n, 1, height, width), from 0 to 1
@@ -71,10 +71,9 @@ def lesion_loss(
     inside = inside/inside.amax(1, keepdim=True).clamp(min=1e-6)
     return -(maps.flatten(1).log_softmax(1) + inside.clamp(min=1e-6).log()).logsumexp(1).mean()
 
-# %% ../nbs/api/29g_guide.ipynb #8e39a046
-class LesionGuide(TrainingCallback):
-    "While it trains, the class activation map is drawn to the lesions that are known on the training side."
-    order = 15 # after mixed precision
+# %% ../nbs/api/29g_guide.ipynb #777e5371
+class _Lessons(TrainingCallback):
+    "What there is to teach with, and whether a network can be taught."
     def __init__(self,
         path:str|Path|None=None,    # As for `each_lesion`
         mask_of:Callable|None=None, # Likewise
@@ -111,6 +110,11 @@ class LesionGuide(TrainingCallback):
         try: self._head(learn)
         except ValueError as e: return str(e)
         return None
+
+# %% ../nbs/api/29g_guide.ipynb #51bd4582
+class LesionGuide(_Lessons):
+    "While it trains, the class activation map is drawn to the lesions that are known on the training side."
+    order = 15 # after mixed precision
 
     def _read(self, items):
         "Images (n, 1, size, size) before augmentation, kept small."
@@ -154,7 +158,7 @@ class LesionGuide(TrainingCallback):
         self.hook.remove()
         self.images = self.masks = self.act = self.drawn = None # memory
 
-# %% ../nbs/api/29g_guide.ipynb #c144cbb6
+# %% ../nbs/api/29g_guide.ipynb #b5d965d7
 def guided(
     learn:Learner, # That was trained in this process
 ) -> int:          # 0: by none
