@@ -302,7 +302,7 @@ class Heatmaps(_Pictures):
                     ax.contour(mask, [.5], colors='cyan', linewidths=1, extent=(0, cols, 0, rows))
                 ax.set(xlim=extent[:2], ylim=extent[2:])
                 ax.set_axis_off()
-            _colour_bar(row, next(filter(None, by.values()), None), self.method, cmap)
+            _colour_bar(row, next(filter(None, by.values()), None), self.method, cmap, alpha)
         return ax.figure
 
     def _lay(self, ax, i, k, layer, by, native, alpha, cmap, extent):
@@ -349,11 +349,13 @@ def _title(h, i, k, layer, by):
     title = f'{for_figure(h.classes[k])} {h.probs[i, k]:.2f}, layer {for_figure(h.layers[layer])}'
     return title+'\nby its own maximum' if any(by.values()) and not by[k] else title
 
-def _colour_bar(row, by, method, cmap):
-    "Beside a row of axes: what the colours stand for, on a scale in units of the score with the threshold marked."
+def _colour_bar(row, by, method, cmap, alpha):
+    "Beside a row of axes: what the colours stand for, as faint as over a grey film; on a scale the threshold is marked."
     colours = plt.cm.ScalarMappable(plt.Normalize(0, by.top if by else 1), cmap)
     label = f'{method}, units of the score' if by else f'{method} / its maximum'
     bar = row[-1].figure.colorbar(colours, ax=list(row), shrink=.8, label=label)
+    bar.ax.set_facecolor('gray')
+    bar.solids.set(alpha=np.linspace(0, alpha, bar.solids.get_array().size), edgecolor='none')
     if not by: return
     bar.ax.axhspan(0, by.threshold, color='white')
     bar.ax.axhline(by.threshold, color='black')

@@ -115,7 +115,7 @@ def plot_roc(
     ax.plot([0, 1], [0, 1], ':', c='gray', label='a coin')
     called = p >= threshold
     ax.plot(called[~y].mean(), called[y].mean(), 'o', label=f'threshold {threshold:.2f}')
-    ax.set(title='ROC', xlabel='1 - specificity: healthy called ill', ylabel='sensitivity: ill found', aspect='equal')
+    ax.set(title='ROC', xlabel='false positive rate (1 - specificity)', ylabel='sensitivity', aspect='equal')
     ax.legend(loc='lower right')
     return ax
 
@@ -143,7 +143,7 @@ def plot_pr(
     ax.axhline(y.mean(), ls=':', c='gray', label='a coin')
     called = p >= threshold
     if called.any(): ax.plot(called[y].mean(), y[called].mean(), 'o', label=f'threshold {threshold:.2f}')
-    ax.set(title='Precision and recall', xlabel='recall: ill found (sensitivity)',
+    ax.set(title='Precision and recall', xlabel='recall (sensitivity)',
         ylabel='precision: alarms that are right (PPV)', aspect='equal', ylim=(-.05, 1.05))
     ax.legend(loc='lower left')
     return ax
