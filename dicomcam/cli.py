@@ -559,8 +559,8 @@ def _explainer(model, method, smooth, layer, cls, words):
 # %% ../nbs/api/37_cli.ipynb #fbc364c7
 _films = _options(
     click.option('--modality', 'Modality', multiple=True, metavar='CODE',
-        help='Of films that are answered, * for any; several times for several. By default those that MODEL was trained '
-            'on, as its file says; else CR, DX.'),
+        help='Of films that are answered, * for any; several times for several. By default those that MODEL was '
+            'trained on, as its file says; else CR, DX.'),
     click.option('--body-part', 'BodyPartExamined', multiple=True, metavar='CODE', help='The same: CHEST, say.'),
     click.option('--view', 'ViewPosition', multiple=True, metavar='CODE', help='The same: PA, say.'))
 

@@ -350,7 +350,7 @@ def _title(h, i, k, layer, by):
     return title+'\nby its own maximum' if any(by.values()) and not by[k] else title
 
 def _colour_bar(row, by, method, cmap, alpha):
-    "Beside a row of axes: what the colours stand for, as faint as over a grey film; on a scale the threshold is marked."
+    "Beside a row of axes: what the colours stand for, as faint as over a film; on a scale with its threshold."
     colours = plt.cm.ScalarMappable(plt.Normalize(0, by.top if by else 1), cmap)
     label = f'{method}, units of the score' if by else f'{method} / its maximum'
     bar = row[-1].figure.colorbar(colours, ax=list(row), shrink=.8, label=label)
