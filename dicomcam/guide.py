@@ -17,7 +17,6 @@ import numpy as np, torch
 from fastai.callback.core import Callback as TrainingCallback
 from fastai.data.transforms import Pipeline
 from fastai.learner import Learner
-from fastai.torch_core import TensorImage
 from fastai.vision.augment import RandTransform
 from torch import Tensor
 from torch.nn import functional as F
@@ -136,12 +135,12 @@ class LesionGuide(_Lessons):
 
     def _keep(self, layer, given, out): self.act = out
 
-    def _images(self, which): return TensorImage(self.images[which].to(self.dls.device).float())
+    def _some(self, images, which): return images[which].to(self.dls.device).float() # of their type still
 
     def before_batch(self):
         if not self.training: return
         which = torch.randperm(len(self.images))[:self.n]
-        both = torch.cat([self._images(which), self.masks[which].to(self.dls.device).float()], 1)
+        both = torch.cat([self._some(self.images, which), self._some(self.masks, which)], 1)
         both = self.augment(both) # one pass, so that the mask moves with the image
         self.drawn = both[:, -1:].as_subclass(Tensor)
         self.learn.xb = (torch.cat([*self.xb, self.rest(both[:, :-1])]),)
