@@ -5,8 +5,8 @@ with `--calibrate`, on other phantoms that the network has not seen. Then films 
 of the scale. A lesion is lit if a region at or above the threshold touches it; `peak`: if the region's brightest point lies in it; `elsewhere`:
 the same regions against the mirror image of the lesion, as a measure of luck. `pointing`: the brightest point of the map, over the lesions
 that the network found, on the network's pixels with 3 % of tolerance, and `ahead` of the best baseline, paired. `misses left`: of the maps
-that miss, the share that is still read where the least trusted fifth of a network's found lesions is not; trust is how far the same method
-at the neighbouring stages confirms the brightest point. Last come all networks together, a patient's films as one. Intervals are by patient.
+that miss, the share that is still read where the least trusted fifth of the found lesions is not; trust is how far the same method at the
+other of the last four stages confirms the brightest point. Last come all networks together, a patient's films as one. Intervals are by patient.
 
 `--models DIR` takes DIR/s<seed>/model.safetensors, as `dicomcam demo` writes it, in place of a training; `--save DIR` writes the models with
 what was chosen on other phantoms, which another run takes as they are; `--phantoms DIR` keeps the phantoms there, and not in the cache."""
@@ -45,14 +45,12 @@ def learner(seed, args):
     return learn
 
 def maps_of(learn, table):
-    "Maps of a phantom's films, as the scale has them, and those of the neighbouring stages."
-    method, layer = shown_by(learn)
-    stages = late_stages(learn)
-    near = stages[max(0, stages.index(layer)-1):stages.index(layer)+2]
-    return attribute(learn, table.file.tolist(), learn.heat_scale.cls, near, method, learn.heat_scale.smooth)
+    "Maps of a phantom's films, as the scale has them, and those of the other late stages."
+    method, _ = shown_by(learn)
+    return attribute(learn, table.file.tolist(), learn.heat_scale.cls, late_stages(learn), method, learn.heat_scale.smooth)
 
 def trust_of(h, scale):
-    "How far the neighbouring stages confirm each map."
+    "How far the other late stages confirm each map."
     shown, *others = sorted(layer_by_layer(h), key=lambda o: o.layers != [scale.layer])
     return trust_signals([shown, *others], scale.cls).confirmed
 
@@ -100,23 +98,22 @@ def judged(learn, args):
         yield dict(judge=judge, **on_the_scale(learn.heat_scale, h, masks, t.group.to_numpy()), **pointed(values, group), **left(found)), found
 
 def left(found):
-    "Which share of the maps that miss is still read, if the least trusted fifth of each network is not."
-    by = found.network if 'network' in found else np.zeros(len(found))
-    unread = found.groupby(by).trust.transform(lambda o: abstain(o.to_numpy(), o.to_numpy()))
-    o = abstention((found['map'] >= .5).to_numpy(), unread.to_numpy(bool), found.group.to_numpy()).loc['misses left']
+    "Which share of the maps that miss is still read, if the least trusted fifth of all is not."
+    trust = found.trust.to_numpy()
+    o = abstention((found['map'] >= .5).to_numpy(), abstain(trust, trust), found.group.to_numpy()).loc['misses left']
     return {'misses left': f'{interval(o.value, o.low, o.high)} of {o.n:.0f}'}
 
 def all_networks(found):
     "All networks together: the map against each baseline, and what abstention leaves."
-    found = pd.concat([o.assign(network=seed) for seed, o in found.items()], ignore_index=True)
-    baselines = [o for o in found if o not in ('map', 'group', 'trust', 'network')]
+    found = pd.concat(found, ignore_index=True)
+    baselines = [o for o in found if o not in ('map', 'group', 'trust')]
     ahead = {o: paired_difference(found['map'].to_numpy(), found[o].to_numpy(), found.group.to_numpy(), hits=True) for o in baselines}
     hits = mean_interval(found['map'].to_numpy(), group=found.group.to_numpy(), hits=True)
     print(f'all networks: pointing {interval(*hits)} of {len(found)}', *(f'ahead of {o} by {interval(d["value"], d["low"], d["high"])}, '
         f'p = {d["p"]:.4f}' for o, d in ahead.items()), f'misses left {left(found)["misses left"]}', sep='; ')
 
 def main(args):
-    rows, every = [], {}
+    rows, every = [], []
     for seed in args.seeds:
         with warnings.catch_warnings(action='ignore'): learn = learner(seed, args)
         scale = learn.heat_scale
@@ -124,8 +121,8 @@ def main(args):
             flush=True)
         for row, found in judged(learn, args) if args.judges else ():
             rows.append(dict(trained=seed, **row))
-            every[seed] = found # the last is of all judges
             print('; '.join(f'{k} {v}' for k, v in rows[-1].items()), flush=True)
+        if args.judges: every.append(found) # of all judges
     print(pd.DataFrame(rows).to_string(index=False))
     if every: all_networks(every)
 
