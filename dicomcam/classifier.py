@@ -237,8 +237,26 @@ class _Named(_Scored):
         if not found: raise ValueError('No class: name one or more, or pass classes=None for all.')
         return found
 
+# %% ../nbs/api/26c_classifier.ipynb #7c93538f
+class _Targeted(_Named):
+    "The same, asked for a class of each image's own, or for any number."
+    def _columns(self, target, first, probs):
+        "The position of each image's class."
+        names, targets = self.names(probs.shape[1]), as_list(target)
+        of_batch = targets[first:first+len(probs)]
+        if len(of_batch) != len(probs): raise ValueError(f'{len(targets)} targets: pass one class for each image.')
+        return torch.tensor([find_class(o, names) for o in of_batch], device=probs.device)
+
+    def _number(self, out, n, target):
+        "What a function of the output gives."
+        value = target(out)
+        if not isinstance(value, Tensor) or value.shape != (n,):
+            raise ValueError(f'target gives {_words(value)}, wanted one number an image, shape ({n},).')
+        name = getattr(target, '__name__', 'target')
+        return Asked([value], [name], value.detach().float()[:, None], [name])
+
 # %% ../nbs/api/26c_classifier.ipynb #17b0d769
-class Classifier(_Named):
+class Classifier(_Targeted):
     "A fastai Learner or an `nn.Module`, and what is asked of it: batches, scores, probabilities, names of classes."
     def asked(self,
         xb:Tensor,     # A batch
@@ -271,18 +289,3 @@ class Classifier(_Named):
         def every(k): return torch.full_like(probs[:, 0], k, dtype=torch.long)
         scored = [score_of(by_class, every(k)) if score_of else by_class[:, k] for k in chosen]
         return Asked(scored, [names[o] for o in chosen], probs[:, chosen], names)
-
-    def _columns(self, target, first, probs):
-        "The position of each image's class."
-        names, targets = self.names(probs.shape[1]), as_list(target)
-        of_batch = targets[first:first+len(probs)]
-        if len(of_batch) != len(probs): raise ValueError(f'{len(targets)} targets: pass one class for each image.')
-        return torch.tensor([find_class(o, names) for o in of_batch], device=probs.device)
-
-    def _number(self, out, n, target):
-        "What a function of the output gives."
-        value = target(out)
-        if not isinstance(value, Tensor) or value.shape != (n,):
-            raise ValueError(f'target gives {_words(value)}, wanted one number an image, shape ({n},).')
-        name = getattr(target, '__name__', 'target')
-        return Asked([value], [name], value.detach().float()[:, None], [name])

@@ -37,12 +37,14 @@ def _source(seg):
     ref.SOPInstanceUID = series.ReferencedInstanceSequence[0].ReferencedSOPInstanceUID
     return ref
 
+# %% ../nbs/api/32b_evidence.ipynb #c1894be6
 def _algorithm(method, model):
     "By what it was found: program, version, and what else it takes to find it again."
     from highdicom.sr import AlgorithmIdentification
     more = [*(_word(o, 200) for o in model), NOT_DIAGNOSTIC]
     return AlgorithmIdentification(f'dicomcam {_word(method)}', __version__, more)
 
+# %% ../nbs/api/32b_evidence.ipynb #a99bf47b
 def _segment(seg, film, frames):
     "The finding's region: the segmentation."
     from highdicom.sr import ReferencedSegmentationFrame, SourceImageForSegmentation
@@ -59,6 +61,7 @@ def _box(seg, film, frames):
     corners = np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1], [x0, y0]])
     return ImageRegion('POLYLINE', corners, SourceImageForRegion(film.SOPClassUID, film.SOPInstanceUID, frames))
 
+# %% ../nbs/api/32b_evidence.ipynb #4550056b
 def _groups(seg, finding, probability, algorithm):
     "The finding: where it is, what it is called, how probable it is (TID 1410); then, once more, where it is."
     from highdicom.sr import Measurement, PlanarROIMeasurementsAndQualitativeEvaluations, TrackingIdentifier

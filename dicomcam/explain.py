@@ -71,6 +71,7 @@ def _seeded():
         torch.set_rng_state(cpu)
         if gpu: torch.cuda.set_rng_state_all(gpus)
 
+# %% ../nbs/api/27_explain.ipynb #c2248477
 @contextmanager
 def _alone():
     "What `as_found` does apart from the model."

@@ -155,6 +155,9 @@ class _NativeMaps(_NamedMaps):
         rows, cols, *_ = self.where(i)
         return self.view.back(raw, rows, cols)
 
+# %% ../nbs/api/25_heatmaps.ipynb #33ea9cc4
+class _DrawnMaps(_NativeMaps):
+    "The same as heat."
     def heat(self,
         i:int,           # Number of the image
         cls=None,        # Class, by name or index; None: the likeliest
@@ -188,7 +191,7 @@ class _NativeMaps(_NamedMaps):
 _BOX = 'x', 'y', 'width', 'height', 'peak', 'mass'
 _ANY = 1e-30 # heat: any colour at all
 
-class _BoxedMaps(_NativeMaps):
+class _BoxedMaps(_DrawnMaps):
     "Their bright regions."
     def boxes(self,
         i:int,           # Number of the image

@@ -72,6 +72,7 @@ def readable_predictions(
     if isinstance(items, pd.DataFrame): left = items[items.file.isin(left)].reset_index(drop=True)
     return predictions(learn, left, progress), bad
 
+# %% ../nbs/api/33c_measured.ipynb #17e5c656
 def as_findings(
     learn:Learner, # Of one finding, or of several
     items,         # As for `predictions`

@@ -24,16 +24,8 @@ def _paired(ours, other, patient, hits):
     if not both.any(): return {}
     return dict(zip(_PAIRED, paired_difference(ours[both], other[both], patient[both], hits=hits).values()))
 
-def _with_misses(values):
-    "The same, and of each film whose map misses the lesion, whether it is read where trainings disagree least."
-    of = {m: values[(values.measure == m) & (values['map'] == name)].set_index('film')
-        for m, name in dict(consensus='network', pointing='heatmap').items()}
-    if of['consensus'].empty: return values
-    trust = of['consensus'].value
-    read = trust.rank(method='first', na_option='top') > len(trust)//5
-    missed = of['pointing'][of['pointing'].value < .5].reset_index()
-    missed = missed.assign(measure='misses_left', value=missed.film.map(read).astype(float))
-    return pd.concat([values, missed[values.columns]], ignore_index=True)
+BASELINES = dict(prior='where lesions usually are', centre="nothing but the film's centre", edges="the film's edges",
+    noise='noise')
 
 def _rows(part, films, hits):
     "One figure's row of each map, from its values; paired for all films and the found."
@@ -47,15 +39,24 @@ def _rows(part, films, hits):
         pairs = name in BASELINES and 'heatmap' in wide and films in ('all', 'found')
         yield row | (_paired(wide['heatmap'], values, patient, hits) if pairs else {})
 
+# %% ../nbs/api/33d_verdict.ipynb #4ff715c1
+def _with_misses(values):
+    "The same, and of each film whose map misses the lesion, whether it is read where trainings disagree least."
+    of = {m: values[(values.measure == m) & (values['map'] == name)].set_index('film')
+        for m, name in dict(consensus='network', pointing='heatmap').items()}
+    if of['consensus'].empty: return values
+    trust = of['consensus'].value
+    read = trust.rank(method='first', na_option='top') > len(trust)//5
+    missed = of['pointing'][of['pointing'].value < .5].reset_index()
+    missed = missed.assign(measure='misses_left', value=missed.film.map(read).astype(float))
+    return pd.concat([values, missed[values.columns]], ignore_index=True)
+
 def _sets(values):
     "Name -> those films' values."
     size = values[values.measure == 'size'].set_index('film').value
     large = values.film.map(size) > size.median()
     known = values.film.isin(size.index)
     return dict(all=values, found=values[values.found], smaller=values[known & ~large], larger=values[known & large])
-
-BASELINES = dict(prior='where lesions usually are', centre="nothing but the film's centre", edges="the film's edges",
-    noise='noise')
 
 def summed(
     values:pd.DataFrame, # From `passport_values`
