@@ -279,7 +279,7 @@ def dicom_learner(
     opt_func=ranger,       # Optimizer, or its name: 'ranger' or 'adamw'
     inputs:dict=None,      # `mean` and `std` of what the weights want to see; None: as they were trained
     amp:bool=None,         # Mixed precision and channels_last? None: on CUDA, in bfloat16 where the card has it
-    **kw                   # Passed to `Learner`
+    **kw                   # Passed to `Learner`; `path`, where fastai saves, is the working folder, not the films'
 ) -> Learner: # With `.network`, a `Network`, and `.choice`: layer, method and reason of its heatmaps, if chosen
     """A learner for one-channel images: label smoothing, accuracy and ROC AUC, Ranger. With weights that were trained
     before, body and head are groups of their own: `learn.freeze()`, `lr=slice(1e-4, 1e-3)`."""
@@ -290,6 +290,7 @@ def dicom_learner(
     if model.input_words: kw.setdefault('splitter', two_groups)
     if loss_func is None: loss_func = _loss(dls, multi, class_weights, smoothing)
     metrics = metrics or _metrics(len(dls.vocab), multi)
+    kw.setdefault('path', '.') # `lr_find` saves there too
     learn = Learner(dls, model, loss_func, _optimizer(opt_func), metrics=metrics, **kw)
     if amp is None: amp = dls.device.type == 'cuda'
     if amp: learn.to_channelslast(amp_mode=_amp_mode(dls.device))

@@ -495,6 +495,14 @@ def test_a_file_that_another_process_clears(folder, tmp_path, monkeypatch):
     c.clear()
     assert c.used() == 0
 
+def test_lr_find_leaves_nothing_in_the_data(copy, tmp_path, monkeypatch):
+    "Nor does it need to write there: folders of films are often read-only"
+    monkeypatch.chdir(tmp_path)
+    before = sorted(copy.rglob('*'))
+    learn = dicom_learner(dicom_dls(copy, size=32, bs=4, cache=False), xresnet18)
+    learn.lr_find(num_it=6, show_plot=False, suggest_funcs=None)
+    assert sorted(copy.rglob('*')) == before
+
 # --- the batch that fills the card ---
 
 def test_fill_card(learn, monkeypatch):
