@@ -92,8 +92,8 @@ def look(page, fn, out, limit):
 def open_page(browser, token):
     "JupyterLab in a new page, ready"
     page = browser.new_page(viewport=dict(width=1280, height=1000))
-    page.goto(f'http://127.0.0.1:{PORT}/lab?token={token}&reset')
-    page.wait_for_function('() => window.jupyterapp && window.jupyterapp.shell', timeout=60000)
+    page.goto(f'http://127.0.0.1:{PORT}/lab?token={token}&reset', timeout=120000)
+    page.wait_for_function('() => window.jupyterapp && window.jupyterapp.shell', timeout=120000)
     page.evaluate('() => window.jupyterapp.restored')
     return page
 
