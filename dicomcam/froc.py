@@ -88,6 +88,7 @@ def froc_curve(
         if not top > 0: raise ValueError('No map is anywhere above 0: nothing speaks for the class.')
         thresholds = np.geomspace(top/1000, top, 60, dtype=np.float32)
     thresholds = np.sort(thresholds)
+    if not len(thresholds): raise ValueError('No thresholds: give one or more.')
     if not thresholds[0] > 0: raise ValueError(f'A threshold lies above 0, and is not {thresholds[0]}.')
     found, false = zip(*(_sweep(film, thresholds, hit, overlap) for film in films))
     group = np.arange(len(films)) if group is None else np.asarray(group)
@@ -122,13 +123,18 @@ def froc(
     return froc_curve(maps, masks, group, thresholds, hit, overlap)
 
 # %% ../nbs/api/30c_froc.ipynb #d9e274a9
+def _until_merged(table, per):
+    "The rows down to the threshold with the most false regions."
+    return table.iloc[:np.flatnonzero(table[per] == table[per].max())[-1]+1]
+
 def froc_point(
     table:pd.DataFrame,    # From `froc` or `froc_curve`
     fp:float=.1,           # False regions per film that may be
     per:str='fp_healthy',  # Per healthy film; 'fp_film': per film of all
 ) -> pd.Series:            # The row; its name is the threshold
     "The row of largest sensitivity at no more false regions. Raises ValueError where there is none."
-    allowed = table[table[per] <= fp]
+    allowed = _until_merged(table, per)
+    allowed = allowed[allowed[per] <= fp]
     if len(allowed): return table.loc[allowed.sensitivity.idxmax()]
     raise ValueError(f'No threshold with {fp} false regions or fewer ({per}): give larger thresholds.')
 
@@ -140,8 +146,7 @@ def plot_froc(
 ) -> Axes:
     "Lesions found against false regions as the threshold falls, until regions merge, with the sensitivity's interval."
     ax = ax or plt.subplots(figsize=(5, 4))[1]
-    last = np.flatnonzero(table[per] == table[per].max())[-1]
-    table = table.iloc[:last+1] # below, regions merge, and the curve would come back over itself
+    table = _until_merged(table, per) # below, the curve would come back over itself
     line, = ax.plot(table[per], table.sensitivity, '.-', label=label)
     ax.fill_between(table[per].cummax(), table.low, table.high, alpha=.2, color=line.get_color())
     films = 'healthy film' if per == 'fp_healthy' else 'film'

@@ -22,7 +22,7 @@ from sklearn.metrics import auc, precision_recall_curve
 
 from .maps import positive, upsample
 from .intervals import mean_interval, proportion_interval
-from .heatmaps import Heatmaps, read_mask
+from .heatmaps import Heatmaps, find_class, read_mask
 
 # %% ../nbs/api/30d_protocols.ipynb #9ac44ba4
 def _masks(h, masks):
@@ -91,18 +91,21 @@ def chexlocalize_bootstrap(
     "The published interval of a mean: of `n` sorted means of resampled images those at 2.5 and 97.5 %."
     one, draw = pd.Series(values, dtype=float), np.random.RandomState(seed).choice
     means = pd.Series([one.iloc[draw(len(one), len(one))].mean() for _ in range(n)]).sort_values()
-    return float(means.iloc[int(.025*n)-1]), float(means.mean()), float(means.iloc[int(.975*n)-1])
+    return float(means.iloc[max(int(.025*n)-1, 0)]), float(means.mean()), float(means.iloc[int(.975*n)-1])
 
 def chexlocalize_threshold(
     maps:Sequence,  # Maps of the validation set, on the originals' pixels
     masks:Sequence, # Lesions, bool; None: there is none
     among:Sequence=(.2, .3, .4, .5, .6, .7, .8), # Thresholds
 ) -> float:
-    "The threshold with the largest mIoU on the true positive slice, the first of several."
+    """The threshold with the largest mIoU on the true positive slice, the first of several. Raises ValueError where no
+    map has a lesion, and for masks of another number."""
     def miou(threshold):
-        ious = [chexlocalize_iou(chexlocalize_segmentation(m, threshold), mask) for m, mask in zip(maps, masks)]
+        ious = [chexlocalize_iou(chexlocalize_segmentation(m, threshold), mask) for m, mask in zip(maps, masks, strict=True)]
         return pd.Series(ious).mean()
-    return max(among, key=miou)
+    best = pd.Series({threshold: miou(threshold) for threshold in among}, dtype=float)
+    if best.isna().all(): raise ValueError('No map with a lesion: a threshold cannot be tuned.')
+    return best.idxmax()
 
 def chexlocalize(
     h:Heatmaps,               # Of the test set, those without the finding too
@@ -112,15 +115,16 @@ def chexlocalize(
     threshold:float=None,     # Tuned on other images with `chexlocalize_threshold`; None: Otsu's
     fill:bool=True,           # As for `chexlocalize_segmentation`
     true_positives:bool=True, # As for `chexlocalize_iou`
+    cutoff:float=0,           # Probability below which there is no segmentation, tuned on other images
 ) -> pd.DataFrame:            # Index: miou, hit_rate; columns: mean, low, high, n (images that count)
     """mIoU and hit rate as CheXlocalize computes them (Saporta et al. 2022, Nature Machine Intelligence 4): threshold
     Otsu's or tuned, means over the images that count, percentile bootstrap over all. Negative evidence is left out, as
     Grad-CAM does. Raises ValueError where masks and images differ in number or size."""
-    rows = []
+    rows, said = [], to_np(h.probs)[:, find_class(cls, h.classes)] >= cutoff
     for i, mask in enumerate(_masks(h, masks)):
         heat = to_np(positive(h.native(i, cls, layer)))
-        iou = chexlocalize_iou(chexlocalize_segmentation(heat, threshold, fill), mask, true_positives)
-        rows.append((iou, chexlocalize_hit(heat, mask)))
+        bright = chexlocalize_segmentation(heat, threshold, fill) & said[i]
+        rows.append((chexlocalize_iou(bright, mask, true_positives), chexlocalize_hit(heat, mask)))
     table = {}
     for name, values in zip(('miou', 'hit_rate'), np.array(rows).T):
         low, _, high = chexlocalize_bootstrap(values)

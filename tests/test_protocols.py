@@ -64,12 +64,16 @@ def test_chexlocalize_bootstrap_draw_by_draw():
     means = sorted(np.nanmean(np.array(values)[np.random.choice(6, size=6, replace=True)]) for _ in range(1000))
     assert chexlocalize_bootstrap(values) == pytest.approx((means[24], np.mean(means), means[974]), abs=1e-12)
     assert np.isnan(chexlocalize_bootstrap([np.nan]*3)).all()
+    low, mean, high = chexlocalize_bootstrap(values, n=20) # of fewer than 40 the first is the lowest
+    assert low < mean < high
 
 def test_chexlocalize_threshold_is_that_of_largest_miou():
     bordered = box(slice(1, 7), slice(1, 7), .45)
     bordered[2:6, 2:6] = 1
     assert chexlocalize_threshold([bordered, HALF], [LESION, None]) == .5
     assert chexlocalize_threshold([bordered], [LESION], (.1, .3)) == .1 # both alike: the first
+    with pytest.raises(ValueError, match='No map with a lesion'): chexlocalize_threshold([bordered, HALF], [None, None])
+    with pytest.raises(ValueError, match='shorter'): chexlocalize_threshold([bordered, HALF], [LESION])
 
 def test_chexlocalize_of_heatmaps():
     "Bilinear to the original's size, corners not aligned; what speaks against the class left out; n is what counts"
@@ -83,6 +87,15 @@ def test_chexlocalize_of_heatmaps():
     tuned = chexlocalize(heatmaps(*raw, size=(40, 40)), [lesion, None, None], 'a', threshold=.7)
     assert tuned.loc['miou', 'mean'] == pytest.approx(chexlocalize_iou(chexlocalize_segmentation(up[0], .7), lesion))
     with pytest.raises(ValueError, match='3 images, but 1 masks'): chexlocalize(heatmaps(*raw), [lesion], 'a')
+
+def test_chexlocalize_cutoff_of_the_probability():
+    "Below it there is no segmentation; the brightest pixel is there all the same"
+    h = heatmaps(HALF, HALF)
+    h.probs[:] = torch.tensor([[.2], [.7]])
+    t = chexlocalize(h, [LESION, np.roll(LESION, 1, 0)], 'a', cutoff=.5)
+    assert t.n.tolist() == [1, 2] and t['mean'].tolist() == pytest.approx([12/20, 1])
+    t = chexlocalize(h, [LESION, np.roll(LESION, 1, 0)], 'a', cutoff=.5, true_positives=False)
+    assert t.n.tolist() == [2, 2] and t['mean'].tolist() == pytest.approx([6/20, 1])
 
 # ChestX-ray8
 

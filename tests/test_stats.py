@@ -225,6 +225,16 @@ def test_froc_worked_out():
     assert (point.name, point.sensitivity) == (.7, pytest.approx(1/3)) and froc_point(t, .5).name == froc_point(t, 1, 'fp_film').name == .2
     with pytest.raises(ValueError, match='larger thresholds'): froc_point(t.iloc[1:], .1)
 
+def test_froc_point_is_none_where_all_is_one_region():
+    "A whole film that is lit touches the lesion, and no region of it is false"
+    t = froc_curve([spots(.4, .8)+.2], [LESIONS[1]], thresholds=[.05, .4, .9], hit='touch')
+    assert t.sensitivity.tolist() == [0, 1, 1] and t.fp_film.tolist() == [1, 1, 0]
+    with pytest.raises(ValueError, match='larger thresholds'): froc_point(t, .1, 'fp_film')
+    assert froc_point(t, 1, 'fp_film').name == .4
+
+def test_froc_takes_a_threshold_at_least():
+    with pytest.raises(ValueError, match='thresholds'): froc_curve(FILMS, LESIONS, thresholds=[])
+
 def test_froc_by_patient():
     "Every film twice: no more evidence, if the patients are known"
     kw = dict(thresholds=[.45])
