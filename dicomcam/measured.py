@@ -37,7 +37,7 @@ from .choice import chosen, shown_by
 from .absolute import shown_smooth
 from .froc import froc_curve
 from .protocols import (arun_localization, arun_ssim, arun_view, box_overlap, chexlocalize_hit, chexlocalize_iou,
-    chexlocalize_segmentation, reachable, wang_boxes)
+    chexlocalize_segmentation, lesion_boxes, reachable, wang_boxes)
 from .perturb import occlusion
 from .faithful import answers_by_image, curve_way, likeness, randomized
 from .road import occlusion_agreement, road_way
@@ -141,7 +141,7 @@ _AT = .1, .25, .5
 
 def _boxed(raw, mask):
     "Wang and others: which of the lesion's boxes are found, and how many boxes are false, at each threshold."
-    overlap = box_overlap(wang_boxes(raw), wang_boxes(mask, (0,)))
+    overlap = box_overlap(wang_boxes(raw), lesion_boxes(mask))
     found = {f'wang_{t:g}': (overlap > t).any(0) for t in _AT}
     return found | {f'wang_false_{t:g}': (~(overlap > t).any(1)).sum() for t in _AT}
 
@@ -198,9 +198,8 @@ def _lit_values(h, mask, cls, layer, scale):
     if mask is None:
         regions = ndimage.label(raw >= scale.threshold)[1]
         return [('heatmap', 'false_regions', regions), ('heatmap', 'healthy_lit', float(regions > 0))]
-    lesions = ndimage.label(mask)[1]
-    found = froc_curve([raw], [mask], thresholds=[scale.threshold]).sensitivity.item()*lesions
-    return [('heatmap', 'lesions_lit', float(k < round(found))) for k in range(lesions)]
+    row = froc_curve([raw], [mask], thresholds=[scale.threshold]).iloc[0]
+    return [('heatmap', 'lesions_lit', float(k < round(row.sensitivity*row.lesions))) for k in range(int(row.lesions))]
 
 def _repeat_values(hs, cls, layer):
     "(map, measure, value) of the maps of several trainings, of one film: how alike they are, and where they agree."

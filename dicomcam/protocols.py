@@ -6,8 +6,8 @@ Docs: https://dicomcam.github.io/dicomcam/api/protocols.html.md"""
 
 # %% auto #0
 __all__ = ['chexlocalize_segmentation', 'chexlocalize_iou', 'chexlocalize_hit', 'chexlocalize_bootstrap',
-           'chexlocalize_threshold', 'chexlocalize', 'wang_boxes', 'box_overlap', 'wang_localization', 'wang',
-           'arun_view', 'arun_auprc', 'arun_ssim', 'arun_average_mask', 'arun_localization', 'arun_similarity',
+           'chexlocalize_threshold', 'chexlocalize', 'wang_boxes', 'lesion_boxes', 'box_overlap', 'wang_localization',
+           'wang', 'arun_view', 'arun_auprc', 'arun_ssim', 'arun_average_mask', 'arun_localization', 'arun_similarity',
            'arun_randomization', 'reachable']
 
 # %% ../nbs/api/30d_protocols.ipynb #74df5b6b
@@ -23,6 +23,7 @@ from sklearn.metrics import auc, precision_recall_curve
 from .maps import positive, upsample
 from .intervals import mean_interval, proportion_interval
 from .heatmaps import Heatmaps, find_class, read_mask
+from .froc import lesions_of
 
 # %% ../nbs/api/30d_protocols.ipynb #9ac44ba4
 def _masks(h, masks):
@@ -132,6 +133,11 @@ def chexlocalize(
     return pd.DataFrame.from_dict(table, 'index', columns=['mean', 'low', 'high', 'n'])
 
 # %% ../nbs/api/30d_protocols.ipynb #86f178d4
+def _boxes(numbers):
+    "(n, 4): x, y, width, height of what is numbered."
+    found = [(x.start, y.start, x.stop-x.start, y.stop-y.start) for y, x in ndimage.find_objects(numbers)]
+    return np.array(found, int).reshape(-1, 4)
+
 def wang_boxes(
     heat:ndarray,             # Map on the original's pixels
     levels:tuple=(60, 180),   # Of 255
@@ -140,8 +146,13 @@ def wang_boxes(
     unit = np.asarray(heat, float)-np.min(heat)
     if not unit.max() > 0: return np.zeros((0, 4), int)
     grey = 255*unit/unit.max()
-    found = [box for level in levels for box in ndimage.find_objects(ndimage.label(grey > level)[0])]
-    return np.array([(x.start, y.start, x.stop-x.start, y.stop-y.start) for y, x in found])
+    return np.concatenate([_boxes(ndimage.label(grey > level)[0]) for level in levels])
+
+def lesion_boxes(
+    mask:ndarray, # Lesions, non-zero inside
+) -> ndarray:     # (n, 4): x, y, width, height
+    "Boxes of a mask's lesions, as `froc` counts them: without specks that drawing left."
+    return _boxes(lesions_of(np.asarray(mask) > 0)[0])
 
 def box_overlap(
     boxes:ndarray,  # (n, 4): x, y, width, height
@@ -187,7 +198,7 @@ def wang(
 ) -> pd.DataFrame:          # As `wang_localization` gives
     """The figures of Wang et al. 2017, table 4, of heatmaps: the raw maps, signed as class activation maps are. Raises
     ValueError where masks and images differ in number or size."""
-    def boxes(mask): return [] if mask is None else wang_boxes(mask, (0,))
+    def boxes(mask): return [] if mask is None else lesion_boxes(mask)
     maps = (to_np(h.native(i, cls, layer)) for i in range(len(h)))
     return wang_localization(maps, [boxes(m) for m in _masks(h, masks)], at, by, group)
 

@@ -126,6 +126,18 @@ def test_every_map_is_compared_film_by_film():
 @pytest.fixture(scope='module')
 def values(tiny_learner, folder): return passport_values(tiny_learner, masks=folder, faithful=3)
 
+def test_a_speck_of_a_mask_is_no_lesion():
+    "What drawing left beside a lesion counts neither as lit nor as dark"
+    from types import SimpleNamespace
+    import torch
+    from dicomcam.heatmaps import Heatmaps
+    from dicomcam.measured import _lit_values
+    mask = np.zeros((64, 64), bool)
+    mask[:40, :40] = mask[50, 50] = True
+    h = Heatmaps([torch.tensor(mask*1.)[None, None]], torch.zeros(1, 1, 64, 64), torch.ones(1, 1), ['a'], ['l'], 'test')
+    scale = SimpleNamespace(fits=lambda *_: True, threshold=.5)
+    assert _lit_values(h, mask, 'a', 'l', scale) == [('heatmap', 'lesions_lit', 1.)]
+
 def test_values_are_those_of_their_functions(tiny_learner, folder, values):
     from dicomcam.choice import chosen
     from dicomcam.guide import training_prior

@@ -129,6 +129,13 @@ def test_wang_of_heatmaps():
     assert t.accuracy.item() == (pairs[0] > .1).any(0).mean() and t.afp.item() == sum((~(o > .1).any(1)).sum() for o in pairs)/2
     assert [0, 0, 12, 12] in wang_boxes(m).tolist() # 3/4 of the range lies below what is nothing
 
+def test_wang_counts_no_speck_as_a_box():
+    "What drawing left, a pixel beside a lesion of 1,600, is no box that could be found"
+    lesion = box(slice(0, 40), slice(0, 40), shape=(64, 64)) > 0
+    speck = lesion | (box(50, 50, shape=(64, 64)) > 0)
+    t = wang(heatmaps(lesion), [speck], 'a')
+    assert (t.boxes == 1).all() and (t.accuracy == 1).all() and (t.afp == 0).all()
+
 # Arun
 
 def test_arun_auprc_worked_out():
