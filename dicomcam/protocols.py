@@ -102,8 +102,8 @@ def chexlocalize_threshold(
     """The threshold with the largest mIoU on the true positive slice, the first of several. Raises ValueError where no
     map has a lesion, and for masks of another number."""
     def miou(threshold):
-        ious = [chexlocalize_iou(chexlocalize_segmentation(m, threshold), mask) for m, mask in zip(maps, masks, strict=True)]
-        return pd.Series(ious).mean()
+        pairs = zip(maps, masks, strict=True)
+        return pd.Series([chexlocalize_iou(chexlocalize_segmentation(m, threshold), mask) for m, mask in pairs]).mean()
     best = pd.Series({threshold: miou(threshold) for threshold in among}, dtype=float)
     if best.isna().all(): raise ValueError('No map with a lesion: a threshold cannot be tuned.')
     return best.idxmax()
