@@ -480,13 +480,19 @@ def _new_scale(model, folder, labels, by, positive, out, force):
     _tell(f'Model in {out}')
 
 # %% ../nbs/api/37_cli.ipynb #e409ce9d
+class _Seconds(click.FloatRange):
+    "Seconds; a NaN, which is in every range, and what no clock counts, are none."
+    def convert(self, value, param, ctx):
+        number = super().convert(value, param, ctx)
+        return number if number <= 10**6 else self.fail(f'{value} is no number of seconds up to a million.', param, ctx)
+
 _network = _options(
     click.option('--aet', default='DICOMCAM', show_default=True, help='AE title of this side.'),
     click.option('--tls-ca', 'ca', metavar='FILE',
         help='Certificate of the archive, or of who signs for it, PEM; by default whom this machine believes.'),
     click.option('--tls-cert', 'cert', metavar='FILE', help='Certificate of this side, PEM.'),
     click.option('--tls-key', 'key', metavar='FILE', help='Its key.'),
-    click.option('--timeout', default=60., show_default=True, type=click.FloatRange(0, min_open=True),
+    click.option('--timeout', default=60., show_default=True, type=_Seconds(0, min_open=True),
         help='Seconds that an answer may take.'))
 
 @main.command()
@@ -565,7 +571,7 @@ _films = _options(
     click.option('--view', 'ViewPosition', multiple=True, metavar='CODE', help='The same: PA, say.'))
 
 _limits = _options(
-    click.option('--limit', default=120., show_default=True, type=click.FloatRange(1),
+    click.option('--limit', default=120., show_default=True, type=_Seconds(1),
         help='Seconds that explaining a film, or up to 16 together, may take. One that takes longer gets no answer.'),
     click.option('--max-film', default=256, show_default=True, type=click.IntRange(1), help='MB that a film may have.'),
     click.option('--max-pdu', default=1024, show_default=True, type=click.IntRange(16),
@@ -587,7 +593,7 @@ _limits = _options(
 @_films
 @_maps
 @click.option('--class', 'cls', help='Class to explain; by default the likeliest of each film.')
-@click.option('--quiet', default=5., show_default=True, type=click.FloatRange(0),
+@click.option('--quiet', default=5., show_default=True, type=_Seconds(0),
     help='Seconds after its last film when a study is answered.')
 @_limits
 @click.option('--keep', is_flag=True, help='Keep films after their answer.')
@@ -604,7 +610,7 @@ def serve(model, target, callers, queue, aet, ca, cert, key, timeout, method, sm
     Example: dicomcam serve model.safetensors --from PACS --to dicom://PACS@127.0.0.1:4242
     """
     from dicomcam.apart import Apart
-    from dicomcam.archive import peer
+    from dicomcam.archive import ae_title, peer
     from dicomcam.guard import CallersTLS
     from dicomcam.kinds import XRAYS
     from dicomcam.node import FilmQueue, Node, serve as run
@@ -612,7 +618,8 @@ def serve(model, target, callers, queue, aet, ca, cert, key, timeout, method, sm
     if any(files) and not all(files):
         raise click.UsageError('TLS needs --tls-cert, --tls-key and --tls-callers.', click.get_current_context())
     tls = CallersTLS(*files) if all(files) else None
-    answers = peer(target, aet, timeout=timeout, **(dict(ca=ca, cert=cert, key=key) if encrypted else {}))
+    options['callers'] = [ae_title(o) for o in callers]
+    answers = peer(target, ae_title(aet), timeout=timeout, **(dict(ca=ca, cert=cert, key=key) if encrypted else {}))
     words = _digest(model)
     apart = Apart(partial(_explainer, model, method, smooth, layer, options['cls'], words), limit)
     shown, kinds = apart.start()
@@ -620,7 +627,7 @@ def serve(model, target, callers, queue, aet, ca, cert, key, timeout, method, sm
     kinds = XRAYS | kinds | {key: list(o) for key, o in asked.items() if o}
     _tell(f'Heatmaps of layer {shown}')
     _tell(f'Films of {"; ".join(key+" "+" or ".join(o) for key, o in kinds.items())}')
-    run(Node(FilmQueue(queue, free<<20), apart, answers, list(callers), words, aet, timeout=timeout, tls=tls,
+    run(Node(FilmQueue(queue, free<<20), apart, answers, model=words, aet=aet, timeout=timeout, tls=tls,
         max_bytes=max_film<<20, max_pdu=max_pdu<<10, kinds=kinds, log=_tell, **options))
 
 # %% ../nbs/api/37_cli.ipynb #c102cda7

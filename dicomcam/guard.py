@@ -7,7 +7,7 @@ Docs: https://dicomcam.github.io/dicomcam/api/guard.html.md"""
 # %% auto #0
 __all__ = ['CallersTLS', 'PeerTLS', 'Guard']
 
-# %% ../nbs/api/36bb_guard.ipynb #80492482
+# %% ../nbs/api/36bb_guard.ipynb #b8eddcde
 import os, socket, ssl, warnings
 from contextlib import suppress
 from functools import partial
@@ -54,7 +54,7 @@ class CallersTLS:
         "Called by pynetdicom for each connection."
         return self.context.wrap_socket(raw, server_side=True, do_handshake_on_connect=False)
 
-# %% ../nbs/api/36bb_guard.ipynb #3a532ab4
+# %% ../nbs/api/36bb_guard.ipynb #9da7fbd5
 class PeerTLS:
     "TLS with a peer that is known by its certificate. Raises OSError for files that do not hold such."
     def __init__(self,

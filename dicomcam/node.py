@@ -281,7 +281,9 @@ def _receive(node, event):
 def listening(
     node:Node,
 ) -> Iterator[int]: # The port
-    "Inside, films come in. Raises ImportError without pynetdicom, OSError for a port that is taken."
+    """Inside, films come in. Raises ImportError without pynetdicom, OSError for a port that is taken, ValueError for no
+    host."""
+    if not node.host: raise ValueError('No address would mean all of them. Write 0.0.0.0 if that is meant.')
     if not find_spec('pynetdicom'):
         raise ImportError('The hospital network needs pynetdicom: pip install "dicomcam[network]"')
     from pynetdicom import AE, evt

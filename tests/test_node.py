@@ -158,6 +158,24 @@ def test_who_may_send(films, tmp_path):
         sender(port).echo()
     assert not node.queue.films()
 
+@pytest.mark.parametrize('args, says', [
+    (['--limit', 'nan'], 'nan is no number of seconds'),
+    (['--timeout', 'inf'], 'inf is no number of seconds'),
+    (['--quiet', 'nan'], 'nan is no number of seconds'),
+    (['--from', 'SEVENTEEN_LETTERS'], 'SEVENTEEN_LETTERS: is no AE title'),
+    (['--host', ''], 'Write 0.0.0.0 if that is meant'), # of a variable of the shell that is not set
+])
+def test_what_serve_is_not_told(args, says, tmp_path, monkeypatch):
+    from click.testing import CliRunner
+    from dicomcam.cli import main
+    (tmp_path/'m').write_text('')
+    monkeypatch.setattr(Apart, 'start', lambda self: ('layer', {}))
+    def once(node): raise ValueError('it answers')
+    monkeypatch.setattr('dicomcam.node.answer_films', once)
+    monkeypatch.setattr(threading, 'excepthook', threading.excepthook)
+    r = CliRunner().invoke(main, [*map(str, ['serve', tmp_path/'m', '--from', 'ME', '--to', 'dicom://PEER@127.0.0.1:1', '--port', free_port(), '--queue', tmp_path/'q', *args])])
+    assert r.exit_code == 2 and says in r.output, r.output
+
 def test_tls(films, certificates, tmp_path):
     "Callers whose certificate is listed are heard; others, those who say nothing, and those without TLS are not, and hold up nobody"
     log, files = [], [certificates/o for o in ('peer.pem', 'peer.key', 'me.pem')]
@@ -435,7 +453,7 @@ def mutants(port, films, count, seed):
 def talk_to(port, parts, listens):
     "Say all of it; one who listens waits for an answer to the first part and before the last, as those do whose films are taken"
     with socket.create_connection(('127.0.0.1', port)) as c:
-        c.settimeout(1)
+        c.settimeout(5)
         try:
             for i, o in enumerate(parts):
                 c.sendall(o)
