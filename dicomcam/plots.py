@@ -196,6 +196,10 @@ def plot_subgroups(
     return ax
 
 # %% ../nbs/api/24_plots.ipynb #69e0f255
+def _row_word(column, o):
+    "A value in the name of a row: of a number, that it is a layer."
+    return for_figure(f'layer {o}' if column == 'layer' and str(o)[:1].isdigit() else o)
+
 def plot_forest(
     table:pd.DataFrame, # Columns: a value, low, high; the index, and columns left of the value, name the rows
     ax:Axes=None,       # Axes to draw on; None: new ones
@@ -208,7 +212,8 @@ def plot_forest(
     df = table.reset_index()
     value = df.columns.get_loc('low')-1
     if value < 1: raise ValueError('A table of intervals has a value left of low, and high.')
-    names = [[for_figure(o) for o in row if o == o and o != ''] for row in df.iloc[:, :value].values.tolist()]
+    rows = df.iloc[:, :value].values.tolist()
+    names = [[_row_word(c, o) for c, o in zip(df, row) if o == o and o != ''] for row in rows]
     if ax is None: ax = plt.subplots(figsize=(6, 1+.25*len(df)), layout='constrained')[1]
     pale = [i for i, o in enumerate(names) if set(o) & set(grey)]
     _draw_intervals(ax, df[[df.columns[value], 'low', 'high']], [' '.join(o) for o in names], pale)

@@ -26,7 +26,7 @@ def test_a_forest_has_a_row_for_each_row():
     "Names are the index and what stands left of the value; the ends are those of the table; maps that know nothing are grey"
     table = table_of(layer=['6', '7', ''], mean=[.8, .4, .1], low=[.7, np.nan, 0], high=[.9, np.nan, .3], n=9)
     ax = plot_forest(table, title='pointing', line=.1)
-    assert [o.get_text() for o in ax.get_yticklabels()] == ['gradcam 6', 'gradcam 7', 'noise'] and ax.get_title() == 'pointing'
+    assert [o.get_text() for o in ax.get_yticklabels()] == ['gradcam layer 6', 'gradcam layer 7', 'noise'] and ax.get_title() == 'pointing'
     (points, _, (bars,)), (grey, _, (grey_bars,)) = ax.containers
     assert points.get_xydata().tolist() == [[.8, 0], [.4, 1]] and grey.get_xydata().tolist() == [[.1, 2]] and grey.get_color() == 'gray'
     assert np.allclose([o[:, 0] for o in bars.get_segments()], [[.7, .9], [.4, .4]]) and np.allclose(grey_bars.get_segments()[0][:, 0], [0, .3])
