@@ -6,7 +6,11 @@ if n := os.environ.get('PYTEST_XDIST_WORKER_COUNT'): # before torch is imported:
 
 import pytest
 
-def pytest_configure(config): config.addinivalue_line('markers', 'posix: needs the signals, terminals or pipes of Linux and macOS')
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'posix: needs the signals, terminals or pipes of Linux and macOS')
+    config.addinivalue_line('markers', 'long: goes first, else one worker ends with it while the others wait')
+
+def pytest_collection_modifyitems(items): items.sort(key=lambda o: not o.get_closest_marker('long'))
 
 def pytest_runtest_setup(item):
     if os.name == 'nt' and item.get_closest_marker('posix'): pytest.skip('Windows has no such signals, terminals or pipes')

@@ -74,10 +74,9 @@ def test_films_that_tell_no_patient(folder, tmp_path):
         ds = pydicom.dcmread(o)
         del ds.PatientID
         ds.save_as(o)
-    one_line(dicomcam('train', d, '--out', tmp_path/'m.safetensors', *small), 'no file has a PatientID', '--by none')
-    for args in (('train', d, '--out', tmp_path/'m.safetensors'), ('report', tmp_path/'m.safetensors', d, '--out', tmp_path/'r.html')):
-        r = dicomcam(*args, *(small if args[0] == 'train' else ()), '--by', 'none')
-        assert r.returncode == 0, r.stderr
+    one_line(here('train', d, '--out', tmp_path/'m.safetensors', *small, status=2), 'no file has a PatientID', '--by none')
+    here('train', d, '--out', tmp_path/'m.safetensors', *small, '--by', 'none')
+    here('report', tmp_path/'m.safetensors', d, '--out', tmp_path/'r.html', '--by', 'none')
 
 def test_what_a_command_reads_stays(folder, tmp_path):
     "--force replaces results, not the model, the labels or the folder that the command itself reads"
@@ -85,7 +84,7 @@ def test_what_a_command_reads_stays(folder, tmp_path):
     (tmp_path/'m.safetensors').write_bytes(b'model')
     labels = (d/'labels.csv').read_bytes()
     for args in (['report', tmp_path/'m.safetensors', d, '--out', tmp_path/'m.safetensors'], ['train', d, '--out', d/'labels.csv'], ['demo', '--data', d, '--out', d]):
-        one_line(dicomcam(*args, '--force'), 'is what the command reads')
+        one_line(here(*args, '--force', status=2), 'is what the command reads')
     assert (tmp_path/'m.safetensors').read_bytes() == b'model' and (d/'labels.csv').read_bytes() == labels
 
 def test_demo_on_real_films(xrays, tmp_path):
@@ -116,10 +115,8 @@ def test_what_is_not_known_is_null_in_metrics_json():
 def test_bad_folder_is_one_line_and_status_2(folder, tmp_path, spoil, says):
     copy = shutil.copytree(folder, tmp_path/'copy')
     spoil(copy)
-    r = dicomcam('demo', '--data', copy, '--out', tmp_path/'out')
-    assert r.returncode == 2
-    one_line(r, says)
-    assert 'Traceback' in dicomcam('--debug', 'demo', '--data', copy, '--out', tmp_path/'out').stderr
+    one_line(here('demo', '--data', copy, '--out', tmp_path/'out', status=2), says)
+    assert 'Traceback' in here('--debug', 'demo', '--data', copy, '--out', tmp_path/'out', status=2).stderr
     for command in ['train', copy], ['report', copy/'no.safetensors', copy]: one_line(here(*command, '--out', tmp_path/'x', status=2), '')
     assert set(tmp_path.iterdir()) <= {copy}
 
@@ -316,8 +313,8 @@ def test_one_bad_file_does_not_stop_the_rest(folder, model, tmp_path):
     bad = tmp_path/'cut.dcm'
     bad.write_bytes(files[0].read_bytes()[:200])
     (tmp_path/'text.dcm').write_text('no image')
-    r = dicomcam('explain', model, *files[:3], bad, tmp_path/'text.dcm', *files[3:], '--bs', 4, '--phi', '--out', tmp_path/'maps')
-    assert r.returncode == 1 and '6 of 8 explained' in r.stdout.splitlines()[-1]
+    r = here('explain', model, *files[:3], bad, tmp_path/'text.dcm', *files[3:], '--bs', 4, '--phi', '--out', tmp_path/'maps', status=1)
+    assert '6 of 8 explained' in r.stdout.splitlines()[-1]
     assert sorted(o.split(':')[0] for o in r.stderr.splitlines()) == sorted([str(bad), str(tmp_path/'text.dcm')])
     got = rows(tmp_path/'maps')
     assert {o['file'] for o in got if o['error']} == {str(bad), str(tmp_path/'text.dcm')} and len({o['file'] for o in got}) == 8
