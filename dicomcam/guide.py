@@ -102,6 +102,7 @@ class _Lessons(TrainingCallback):
         learn:Learner, # From `dicom_learner`
     ) -> str|None:     # None: it can
         "Why this cannot guide the training of `learn`."
+        if getattr(setup_of(learn.dls), 'table', None) is None: return 'Only films of `dicom_dls` can guide a network.'
         if self.cls is None and len(learn.dls.vocab) != 2: return 'Of which class are the lesions? Pass cls.'
         n = len(self._known(learn, self.fewest))
         if n < self.fewest: return (f'{n} films of the training side have a known lesion; to guide a network takes '
@@ -131,7 +132,7 @@ class LesionGuide(_Lessons):
         self.augment = Pipeline([o for o in fs if isinstance(o, RandTransform)], split_idx=0)
         self.rest = Pipeline([o for o in fs if not isinstance(o, RandTransform)], split_idx=0)
         self.head = self._head(self.learn)
-        self.hook = unwrapped(self.model).get_submodule(self.head.layer).register_forward_hook(self._keep)
+        self.layer = unwrapped(self.model).get_submodule(self.head.layer)
 
     def _keep(self, layer, given, out): self.act = out
 
@@ -144,9 +145,12 @@ class LesionGuide(_Lessons):
         both = self.augment(both) # one pass, so that the mask moves with the image
         self.drawn = both[:, -1:].as_subclass(Tensor)
         self.learn.xb = (torch.cat([*self.xb, self.rest(both[:, :-1])]),)
+        self.hook = self.layer.register_forward_hook(self._keep) # for this pass: whoever interrupts finds none later
 
     def after_pred(self):
-        if self.training: self.learn.pred = self.pred[:-len(self.drawn)]
+        if not self.training: return
+        self.hook.remove()
+        self.learn.pred = self.pred[:-len(self.drawn)]
 
     def after_loss(self):
         if not self.training: return
@@ -154,7 +158,6 @@ class LesionGuide(_Lessons):
         self.learn.loss_grad = self.loss_grad + self.weight*lesion_loss(maps, self.drawn)
 
     def after_fit(self):
-        self.hook.remove()
         self.images = self.masks = self.act = self.drawn = None # memory
 
 # %% ../nbs/api/29g_guide.ipynb #b5d965d7

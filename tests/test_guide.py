@@ -126,6 +126,20 @@ def test_nothing_is_left_behind(spots):
     assert all(o.requires_grad for o in learn.model.parameters())
     assert not any(isinstance(o, torch.Tensor) for o in vars(learn.lesion_guide).values())
 
+def test_an_interrupted_training_leaves_no_hook(spots):
+    path, known = spots
+    class Stop(Callback):
+        order = 16
+        def after_loss(self): raise KeyboardInterrupt
+    learn = learner(path, [LesionGuide(mask_of=known.get), Stop()])
+    with pytest.raises(KeyboardInterrupt): fit(learn, 1)
+    assert not any(o._forward_hooks for o in learn.model.modules())
+
+def test_dataloaders_of_others_say_so(spots):
+    learn = learner(spots[0])
+    del learn.dls.setup
+    assert 'dicom_dls' in LesionGuide(mask_of=spots[1].get).unfit(learn)
+
 def test_only_films_of_the_training_side_teach(spots):
     path, known = spots
     learn = learner(path)
