@@ -19,7 +19,7 @@ from scipy.stats import binomtest
 
 from .text import for_figure
 from .labels import label_text
-from .intervals import (average_precision, fewest_patients, interval, interval_text, patient_resamples,
+from .intervals import (average_precision, fewest_patients, interval, interval_text, over_resamples,
     roc_area, roc_counts)
 from .results import predictions
 from fastai.learner import Learner
@@ -78,11 +78,16 @@ def plot_confusion(
 # %% ../nbs/api/24_plots.ipynb #783f7fb2
 _GRID = np.linspace(0, 1, 201)
 
-def _curves(y, p, patient, n_resamples, seed):
-    "True and false positives as `roc_counts` gives them, and the patients in the smaller class."
+def _curves(y, p, patient, n_resamples, seed, area, heights):
+    """True and false positives of the sample, the interval's values of `area`, the `heights` of the resampled curves
+    over the grid, and the patients in the smaller class."""
     patient = np.arange(len(y)) if patient is None else np.asarray(patient)
-    tp, fp = roc_counts(y, p, patient_resamples(patient, n_resamples, seed))
-    return tp, fp, fewest_patients(patient, y, ~y)
+    def of_weights(weights):
+        tp, fp = roc_counts(y, p, weights)
+        return np.column_stack([area(tp, fp), heights(tp, fp)])
+    areas, *curves = over_resamples(of_weights, patient, n_resamples, seed).T
+    one = roc_counts(y, p, np.ones((1, len(y)), int))
+    return one, areas, np.transpose(curves)[1:], fewest_patients(patient, y, ~y)
 
 def plot_band(
     x:ndarray, # (m,) places on the x axis
@@ -108,10 +113,10 @@ def plot_roc(
     "ROC curve with its area and 95 % band, by patient, and the point of one threshold."
     ax = _axes(ax)
     y, p = _arrays(y, p)
-    tp, fp, n_patients = _curves(y, p, patient, n_resamples, seed)
-    found, alarmed = tp/tp[:, -1:], fp/fp[:, -1:]
-    ax.plot(alarmed[0], found[0], label=interval_text('AUC', interval(roc_area(tp, fp), n_patients)))
-    plot_band(_GRID, [np.interp(_GRID, a, f) for a, f in zip(alarmed[1:], found[1:])], ax)
+    def heights(tp, fp): return [np.interp(_GRID, *o) for o in zip(fp/fp[:, -1:], tp/tp[:, -1:])]
+    (tp, fp), areas, curves, n_patients = _curves(y, p, patient, n_resamples, seed, roc_area, heights)
+    ax.plot(fp[0]/fp[0, -1], tp[0]/tp[0, -1], label=interval_text('AUC', interval(areas, n_patients)))
+    plot_band(_GRID, curves, ax)
     ax.plot([0, 1], [0, 1], ':', c='gray', label='a coin')
     called = p >= threshold
     ax.plot(called[~y].mean(), called[y].mean(), 'o', label=f'threshold {threshold:.2f}')
@@ -133,13 +138,15 @@ def plot_pr(
     "Precision-recall curve with its average precision and 95 % band, by patient, and the point of one threshold."
     ax = _axes(ax)
     y, p = _arrays(y, p)
-    tp, fp, _ = _curves(y, p, patient, n_resamples, seed)
-    recall, precision = tp/tp[:, -1:], tp/(tp+fp)
-    precision[:, 0] = precision[:, 1]
-    label = interval_text('average precision', interval(average_precision(tp, fp)))
-    ax.step(recall[0], precision[0], where='pre', label=label)
-    at = [np.searchsorted(r, _GRID) for r in recall[1:]]
-    plot_band(_GRID, [q[places] for q, places in zip(precision[1:], at)], ax)
+    def curve(tp, fp):
+        recall, precision = tp/tp[:, -1:], tp/(tp+fp)
+        precision[:, 0] = precision[:, 1]
+        return recall, precision
+    def heights(tp, fp): return [q[np.searchsorted(r, _GRID)] for r, q in zip(*curve(tp, fp))]
+    counts, areas, curves, _ = _curves(y, p, patient, n_resamples, seed, average_precision, heights)
+    (recall,), (precision,) = curve(*counts)
+    ax.step(recall, precision, where='pre', label=interval_text('average precision', interval(areas)))
+    plot_band(_GRID, curves, ax)
     ax.axhline(y.mean(), ls=':', c='gray', label='a coin')
     called = p >= threshold
     if called.any(): ax.plot(called[y].mean(), y[called].mean(), 'o', label=f'threshold {threshold:.2f}')

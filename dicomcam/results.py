@@ -20,7 +20,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from .labels import has_class, is_multi, label_classes, patient_ids, positive_classes
 from .batches import setup_of
-from .intervals import average_precision, fewest_patients, interval, patient_resamples, roc_area, roc_counts
+from .intervals import average_precision, fewest_patients, interval, over_resamples, roc_area, roc_counts
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 
@@ -216,15 +216,19 @@ def _mirrored(o):
 @np.errstate(invalid='ignore')
 def _metrics(y, p, called, patient, n_resamples, seed):
     "Each metric with its interval."
-    weights = patient_resamples(patient, n_resamples, seed)
-    tp, fp = roc_counts(y, p, weights)
-    res = {}
-    for name, (right, of) in _shares(y, called).items():
-        res[name] = interval(weights@(right & of)/(weights@of), fewest_patients(patient, of))
-    res['auc'] = interval(roc_area(tp, fp), fewest_patients(patient, y, ~y))
-    res['average_precision'] = interval(average_precision(tp, fp))
-    res['brier'] = interval(weights@(p-y)**2/weights.sum(1))
-    res['calibration_error'] = _mirrored(interval(_calibration_error(y, p, weights)))
+    shares = _shares(y, called)
+    def of_weights(weights):
+        found = [weights@(right & of)/(weights@of) for right, of in shares.values()]
+        curve = roc_counts(y, p, weights)
+        error = weights@(p-y)**2/weights.sum(1)
+        return np.column_stack([*found, roc_area(*curve), average_precision(*curve), error,
+            _calibration_error(y, p, weights)])
+    *of_shares, auc, precision, brier, calibration = over_resamples(of_weights, patient, n_resamples, seed).T
+    res = {name: interval(o, fewest_patients(patient, of)) for (name, (_, of)), o in zip(shares.items(), of_shares)}
+    res['auc'] = interval(auc, fewest_patients(patient, y, ~y))
+    res['average_precision'] = interval(precision)
+    res['brier'] = interval(brier)
+    res['calibration_error'] = _mirrored(interval(calibration))
     return res
 
 # %% ../nbs/api/22_results.ipynb #f676159b

@@ -19,7 +19,7 @@ from sklearn.preprocessing import OneHotEncoder
 
 from .summary import summarize
 from .labels import has_class
-from .intervals import fewest_patients, interval, interval_text, patient_resamples, roc_area, roc_counts
+from .intervals import fewest_patients, interval, interval_text, over_resamples, roc_area, roc_counts
 from .results import as_predictions, known_table, patient_folds, positive_class, positive_scores
 from fastai.learner import Learner
 
@@ -49,15 +49,15 @@ def header_auc(
     Warns where it is 0.55 or more and its 95 % interval lies above 0.5. Elements that do not vary are left out."""
     y = has_class(table.label, positive).to_numpy(bool)
     patient = table['group' if 'group' in table else 'patient'].to_numpy(str)
-    folds, weights = patient_folds(y, patient, seed), patient_resamples(patient, n_resamples, seed)
+    folds = patient_folds(y, patient, seed)
     can_learn = folds and all(len(set(y[train])) == 2 for train, _ in folds)
     groups = _groups(table.file, elements) if can_learn else {}
     model = make_pipeline(OneHotEncoder(handle_unknown='ignore'), LogisticRegression())
     rows = {}
     for name, x in groups.items():
         p = cross_val_predict(model, x.to_frame(), y, cv=folds, method='predict_proba')[:, 1]
-        areas = [roc_area(*roc_counts(y[k], p[k], weights[:, k])) for _, k in folds]
-        auc = rows[name] = interval(np.nanmean(areas, axis=0))
+        def area(weights): return np.nanmean([roc_area(*roc_counts(y[k], p[k], weights[:, k])) for _, k in folds], 0)
+        auc = rows[name] = interval(over_resamples(area, patient, n_resamples, seed))
         if auc['value'] < .55 or auc['low'] <= .5: continue
         says = f'{name} alone predicts {positive}: {interval_text("AUC", auc)}.'
         hint = 'The network may have learnt that instead; look at the results within each group.'
@@ -85,8 +85,8 @@ def subgroups(
     for name, values in _groups(df.file, elements).items():
         for value, group in df.groupby(values.to_numpy()):
             p, y, patient = positive_scores(group, positive=positive)
-            areas = roc_area(*roc_counts(y, p, patient_resamples(patient, n_resamples, seed)))
-            auc = interval(areas, fewest_patients(patient, y, ~y))
+            def area(weights): return roc_area(*roc_counts(y, p, weights))
+            auc = interval(over_resamples(area, patient, n_resamples, seed), fewest_patients(patient, y, ~y))
             counts = len(y), len(set(patient)), y.sum(), y.mean()
             rows.append((name, value, *counts, *auc.values(), alone.get(name, np.nan)))
     cols = ['element', 'value', 'images', 'patients', 'positives', 'rate', 'auc', 'low', 'high', 'header_auc']
