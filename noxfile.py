@@ -12,8 +12,8 @@ import nox
 nox.options.default_venv_backend = 'uv'
 nox.options.sessions = ['tests']
 COLAB = 'https://raw.githubusercontent.com/googlecolab/backend-info/main/pip-freeze.gpu.txt'
-THERE = '''torch torchvision fastai fastcore pandas numpy matplotlib pillow scipy scikit-learn scikit-image
-    opencv-python ipython ipykernel'''.split()
+THERE = '''torch torchvision timm fastai fastcore pandas numpy matplotlib pillow scipy scikit-learn scikit-image
+    opencv-python safetensors joblib requests click jinja2 ipython ipykernel'''.split()
 
 @nox.session(python=['3.11', '3.12', '3.13'])
 def tests(session):
@@ -54,9 +54,14 @@ def colab_pins(text):
     lines = [o for o in text.splitlines() if '==' in o and not re.match('cuda|nvidia', o)]
     return '\n'.join(re.sub(r'\+\w+$', '', o) for o in lines)
 
+def lesson_extras(nbs='nbs'):
+    "The extras that the lessons install: 13 begins with `%pip install -q \"dicomcam[dicom]\"`"
+    asked = [re.findall(r'%pip install.*dicomcam\[([\w,]+)\]', o.read_text('utf-8')) for o in Path(nbs).glob('*.ipynb')]
+    return ','.join(sorted({e for found in asked for extras in found for e in extras.split(',')}))
+
 @nox.session(python='3.13')
 def colab(session):
-    "What Colab has: installing the wheel changes none of it, and all lessons run in it from top to bottom"
+    "What Colab has: installing the wheel and the lessons' extras changes none of it, and all lessons run in it"
     given = Path(session.posargs[0]).resolve() if session.posargs else Path(urlretrieve(COLAB)[0])
     tmp = Path(session.create_tmp())
     pins = tmp/'constraints.txt'
@@ -64,7 +69,8 @@ def colab(session):
     session.install('-c', pins, *THERE)
     before = frozen(session)
     session.run('uv', 'build', '--wheel', '--out-dir', tmp/'dist', external=True)
-    session.install('-c', pins, *(tmp/'dist').glob('dicomcam-*.whl'))
+    wheel, = (tmp/'dist').glob('dicomcam-*.whl')
+    session.install('-c', pins, f'dicomcam[{lesson_extras()}] @ {wheel.resolve().as_uri()}')
     after = frozen(session)
     changed = {k: (v, after.get(k)) for k, v in before.items() if after.get(k) != v}
     if changed: session.error(f'installing dicomcam changes what Colab has: {changed}')

@@ -1,9 +1,10 @@
 "What holds the project together: README and modules in step with the notebooks, light imports, a complete wheel."
-import ast, importlib, json, os, re, shutil, subprocess, sys, tomllib
+import ast, importlib.util, json, os, re, shutil, subprocess, sys, tomllib
 from configparser import ConfigParser
 from pathlib import Path
+from types import SimpleNamespace
 
-import pytest
+import nbformat, pytest
 
 root = Path(__file__).resolve().parent.parent
 env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}
@@ -83,3 +84,32 @@ def test_docs_can_be_built(fn):
         nodes = ast.parse(re.sub(r'^\s*[%!].*', '', src, flags=re.M))
         imports = [o for o in ast.walk(nodes) if isinstance(o, (ast.Import, ast.ImportFrom))]
         assert not imports or all(o in imports for o in nodes.body), src
+
+def loaded(fn):
+    "A script as a module; the tests' own environment has no nox"
+    nox = SimpleNamespace(options=SimpleNamespace(), session=lambda **kw: lambda f: f)
+    spec = importlib.util.spec_from_file_location(Path(fn).stem, root/fn)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, 'nox', nox)
+        spec.loader.exec_module(module)
+    return module
+
+def test_colab_gets_what_the_lessons_install(tmp_path):
+    "`nox -s colab` installs the extras of the lessons' own %pip lines, and no others"
+    extras = loaded('noxfile.py').lesson_extras
+    assert extras(root/'nbs').split(',') == ['dicom', 'network', 'timm']
+    (tmp_path/'a.ipynb').write_text(json.dumps('%pip install -q dicomcam\n%pip install -q "dicomcam[xrv,dask]"'))
+    assert extras(tmp_path) == 'dask,xrv'
+
+def test_no_lesson_passes_without_its_extra():
+    "A lesson that leaves out its cells because an extra is missing says so in words that save_outputs.py takes for a failure"
+    left_out = loaded('tools/save_outputs.py').left_out
+    leaving = [o for o in sorted((root/'nbs').glob('*.ipynb')) if 'input_transformers_cleanup' in o.read_text()]
+    assert [o.stem for o in leaving] == ['13_share', '14_network']
+    for fn in leaving:
+        nb = nbformat.read(fn, 4)
+        assert not left_out(nb), f'{fn.name} is saved without what its cells show'
+        said, = [re.search(r"print\('(.*)'\)", c.source)[1] for c in nb.cells if 'input_transformers_cleanup' in c.source]
+        nb.cells[2].outputs = [nbformat.v4.new_output('stream', text=said+'\n')]
+        assert left_out(nb) == [said]

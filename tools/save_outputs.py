@@ -18,13 +18,19 @@ def notebooks():
     lessons = sorted(o for o in (root/'nbs').glob('*.ipynb') if o.stem != 'index')
     return [*lessons, *sorted((root/'nbs'/'api').glob('*.ipynb')), root/'nbs'/'index.ipynb']
 
+def left_out(nb):
+    "What a lesson says that lacks an extra and therefore leaves its cells out"
+    texts = [o.get('text', '') for c in nb.cells for o in c.get('outputs', [])]
+    return [o.strip() for o in texts if 'the cells below do nothing' in o]
+
 def run(fn):
-    "The notebook with its outputs. On an error nothing is written."
+    "The notebook with its outputs. On an error, and where an extra is missing, nothing is written."
     nb = nbformat.read(fn, 4)
     for c in nb.cells:
         if '#| eval: false' in c.source: c.metadata['tags'] = ['skip-execution']
     where = {'metadata': {'path': str(Path(fn).resolve().parent)}}
     NotebookClient(nb, timeout=3600, kernel_name='python3', coalesce_streams=True, resources=where).execute()
+    if left_out(nb): raise SystemExit(f'{fn}: {left_out(nb)[0]}')
     return nb
 
 if __name__ == '__main__':
