@@ -479,7 +479,7 @@ def _new_scale(model, folder, labels, by, positive, out, force):
     _tell(f'Heatmaps, {made.method}: {made}')
     _tell(f'Model in {out}')
 
-# %% ../nbs/api/37_cli.ipynb #e409ce9d
+# %% ../nbs/api/37_cli.ipynb #7c36c65d
 class _Seconds(click.FloatRange):
     "Seconds; a NaN, which is in every range, and what no clock counts, are none."
     def convert(self, value, param, ctx):
@@ -495,6 +495,7 @@ _network = _options(
     click.option('--timeout', default=60., show_default=True, type=_Seconds(0, min_open=True),
         help='Seconds that an answer may take.'))
 
+# %% ../nbs/api/37_cli.ipynb #e409ce9d
 @main.command()
 @click.argument('source')
 @click.option('--patient', 'PatientID', metavar='ID', help='Of this patient; * stands for any letters.')
@@ -562,6 +563,13 @@ def _explainer(model, method, smooth, layer, cls, words):
     _, maps, shown = _engine(model, method, smooth, layer, cls, None)
     return maps, (shown, maps.args[0].dls.setup.films or {})
 
+def _callers_tls(*files):
+    "TLS for callers, of this node's certificate, its key and theirs; None without any. All three belong together."
+    from dicomcam.guard import CallersTLS
+    if all(files): return CallersTLS(*files)
+    if not any(files): return None
+    raise click.UsageError('TLS needs --tls-cert, --tls-key and --tls-callers.', click.get_current_context())
+
 # %% ../nbs/api/37_cli.ipynb #fbc364c7
 _films = _options(
     click.option('--modality', 'Modality', multiple=True, metavar='CODE',
@@ -611,13 +619,10 @@ def serve(model, target, callers, queue, aet, ca, cert, key, timeout, method, sm
     """
     from dicomcam.apart import Apart
     from dicomcam.archive import ae_title, peer
-    from dicomcam.guard import CallersTLS
     from dicomcam.kinds import XRAYS
     from dicomcam.node import FilmQueue, Node, serve as run
-    files, encrypted = (cert, key, tls_callers), ca or target.lower().startswith(('dicom-tls:', 'https:'))
-    if any(files) and not all(files):
-        raise click.UsageError('TLS needs --tls-cert, --tls-key and --tls-callers.', click.get_current_context())
-    tls = CallersTLS(*files) if all(files) else None
+    tls = _callers_tls(cert, key, tls_callers)
+    encrypted = ca or target.lower().startswith(('dicom-tls:', 'https:'))
     options['callers'] = [ae_title(o) for o in callers]
     answers = peer(target, ae_title(aet), timeout=timeout, **(dict(ca=ca, cert=cert, key=key) if encrypted else {}))
     words = _digest(model)

@@ -185,6 +185,20 @@ def _search(peer, assoc, guard, level, keys):
     if status: raise OSError(f'{peer}: refuses the search: {status_text(status)}.')
     return found
 
+# %% ../nbs/api/36c_dimse.ipynb #1941931c
+def _get(peer, assoc, films, receiver, moves):
+    "Ask for films of a series, and wait until they are there: each, and why it is not, or None."
+    receiver.ask(films)
+    keys, status = {o: films[0][o] for o in UIDS[:2]} | {UIDS[2]: [*receiver.films]}, None
+    if not assoc.is_established: raise _broken(peer, receiver.guard)
+    request = _identifier('IMAGE', keys)
+    for reply, _ in assoc.send_c_move(request, peer.mine, _MOVE) if moves else assoc.send_c_get(request, _GET):
+        status = reply.get('Status')
+    if receiver.broken: raise receiver.broken
+    if status is None: raise _broken(peer, receiver.guard)
+    for film, why in zip(films, receiver.problems.values()):
+        yield film, f'{why}: {status_text(status)}' if why and status else why
+
 # %% ../nbs/api/36c_dimse.ipynb #66dae17d
 @contextmanager
 def _listening(peer, assoc, receiver, kinds):
@@ -204,19 +218,6 @@ def _listening(peer, assoc, receiver, kinds):
     try: yield
     finally: server.shutdown()
 
-def _get(peer, assoc, films, receiver, moves):
-    "Ask for films of a series, and wait until they are there: each, and why it is not, or None."
-    receiver.ask(films)
-    keys, status = {o: films[0][o] for o in UIDS[:2]} | {UIDS[2]: [*receiver.films]}, None
-    if not assoc.is_established: raise _broken(peer, receiver.guard)
-    request = _identifier('IMAGE', keys)
-    for reply, _ in assoc.send_c_move(request, peer.mine, _MOVE) if moves else assoc.send_c_get(request, _GET):
-        status = reply.get('Status')
-    if receiver.broken: raise receiver.broken
-    if status is None: raise _broken(peer, receiver.guard)
-    for film, why in zip(films, receiver.problems.values()):
-        yield film, f'{why}: {status_text(status)}' if why and status else why
-
 def _move(peer, assoc, films, receiver):
     "The same by C-MOVE. What did not come with others, of an archive that knows no lists say, is asked for by itself."
     alone = films if len(films) == 1 else []
@@ -225,6 +226,7 @@ def _move(peer, assoc, films, receiver):
         else: yield film, None
     for film in alone: yield from _get(peer, assoc, [film], receiver, True)
 
+# %% ../nbs/api/36c_dimse.ipynb #487ebb31
 def _get_all(peer, films, keep):
     "See `DicomPeer.get`."
     for kinds, some in _by_kind(films):

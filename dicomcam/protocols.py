@@ -94,6 +94,7 @@ def chexlocalize_bootstrap(
     means = pd.Series([one.iloc[draw(len(one), len(one))].mean() for _ in range(n)]).sort_values()
     return float(means.iloc[max(int(.025*n)-1, 0)]), float(means.mean()), float(means.iloc[int(.975*n)-1])
 
+# %% ../nbs/api/30d_protocols.ipynb #0fc9b0ed
 def chexlocalize_threshold(
     maps:Sequence,  # Maps of the validation set, on the originals' pixels
     masks:Sequence, # Lesions, bool; None: there is none
@@ -108,6 +109,7 @@ def chexlocalize_threshold(
     if best.isna().all(): raise ValueError('No map with a lesion: a threshold cannot be tuned.')
     return best.idxmax()
 
+# %% ../nbs/api/30d_protocols.ipynb #7ec2f67e
 def chexlocalize(
     h:Heatmaps,               # Of the test set, those without the finding too
     masks:list,               # A mask an image: array or file, on the original's rows x columns; None: no lesion
@@ -167,6 +169,7 @@ def box_overlap(
     size, true = a[..., 2:].prod(-1), b[..., 2:].prod(-1)
     return both/(size if by == 'iobb' else size+true-both)
 
+# %% ../nbs/api/30d_protocols.ipynb #dabdc338
 def wang_localization(
     maps:Iterable,          # Maps on the originals' pixels, of all annotated films
     boxes:Sequence,         # Radiologist's boxes of this disease, (n, 4) a film: x, y, width, height; may be empty
