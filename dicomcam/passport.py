@@ -45,11 +45,12 @@ def html_page(
     env = Environment(loader=PackageLoader('dicomcam', ''), autoescape=True, trim_blocks=True, finalize=readable)
     return env.get_template(template).render(version=__version__, today=f'{datetime.now():%d %B %Y}', **what)
 
-def _films_text(values):
+def _films_text(values, cls):
     "How many films there are of which kind, in a sentence."
+    words = dict(ill=f'with {cls}', healthy='without it', unknown='without a label')
     films = values.drop_duplicates('film')
     drawn = values[values.measure == 'size'].film.nunique()
-    kinds = ', '.join(f'{n} {state}' for state, n in films.state.value_counts().items())
+    kinds = ', '.join(f'{n} {words[state]}' for state, n in films.state.value_counts().items())
     return f'{len(films)} films of {films.patient.nunique()} patients: {kinds}; a lesion is drawn on {drawn}.'
 
 _SETS = dict(all='All lesions', found='In films called so', smaller='The smaller half', larger='The larger half')
@@ -152,7 +153,7 @@ class Passport(_Verdict):
         by_set = [dict(name=FIGURES[m].name, cells=[row_of(table, m, films=o) for o in sets])
             for m in FIGURES if row_of(table, m) is not None]
         others = published(self.cls) if len(published(self.cls)) else published()
-        return dict(says=says, films=_films_text(self.values), made=self.made, maps=self.maps, plots=drawn,
+        return dict(says=says, films=_films_text(self.values, self.cls), made=self.made, maps=self.maps, plots=drawn,
             beside=_BESIDE,
             lines=_lines(table, self.cls, figures), sets=[_SETS[o] for o in sets], by_set=by_set,
             figures=FIGURES.values(), fewest=FEWEST,
@@ -173,7 +174,7 @@ class Passport(_Verdict):
     ) -> Path: # `fn`
         "Verdict and table as JSON, null for what is not known."
         table = json.loads(self.table.reset_index().to_json(orient='records'))
-        what = dict(finding=self.cls, made=self.made, films=_films_text(self.values))
+        what = dict(finding=self.cls, made=self.made, films=_films_text(self.values, self.cls))
         what |= dict(verdict=[o._asdict() for o in self.verdict], table=table)
         with whole(fn) as part: part.write_text(json.dumps(what, indent=2), encoding='utf-8')
         return Path(fn)

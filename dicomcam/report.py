@@ -36,19 +36,28 @@ from .verdict import FEWEST
 from .passport import Passport, html_page, layer_words, shown_words
 
 # %% ../nbs/api/34_report.ipynb #d2f51d21
-def _origin(learn, df):
-    "How the images of `df` relate to those of the training: a sentence, and whether it is bad news."
-    setup = learn.dls.setup
-    if setup.table is None:
+_NOT_BY_PATIENT = dict(bad=True, text='Images were split one by one, not by patient. '
+    'The same patient may have been in the training set too, and the metrics then flatter.')
+
+def _recorded_origin(by, held_out):
+    "`_origin` of a model that came from a file."
+    if not held_out:
         return dict(bad=True, text='Which images the classifier was trained on is not known here. '
             'If these or others of the same patients were among them, the metrics flatter.')
-    trained, by = setup.table[~setup.table.is_valid], setup.split['by']
+    if by is None: return _NOT_BY_PATIENT
+    return dict(bad=False, text='These images were held back in training, by the split that the model file records: '
+        f'images were split by {by}, so no patient is on both sides.')
+
+def _origin(learn, df, held_out=False):
+    "How the images of `df` relate to those of the training: a sentence, and whether it is bad news."
+    setup = learn.dls.setup
+    by = setup.split['by']
+    if setup.table is None: return _recorded_origin(by, held_out)
+    trained = setup.table[~setup.table.is_valid]
     both = set(df.patient) & set(trained.group.astype(str))
     if both:
         return dict(bad=True, text=f'{len(both)} of these patients were in the training set too: the metrics flatter.')
-    if by is None:
-        return dict(bad=True, text='Images were split one by one, not by patient. '
-            'The same patient may have been in the training set too, and the metrics then flatter.')
+    if by is None: return _NOT_BY_PATIENT
     patients = f'{len(trained)} images of {trained.group.nunique()} other patients'
     split = f'images were split by {by}, so no patient is on both sides'
     return dict(bad=False, text=f'The classifier was trained on {patients}: {split}.')
@@ -65,11 +74,11 @@ def _counts(learn, df, items):
     n['label'] = n.label.map(label_text)
     return n.to_dict('records')
 
-def _about_data(learn, df, items):
+def _about_data(learn, df, items, held_out=False):
     "For the template: how many images, of whom, and how they relate to those of the training."
-    whose = 'held back in training' if items is None else 'given to the model'
+    whose = 'held back in training' if items is None or held_out else 'given to the model'
     return dict(images=len(df), patients=df.patient.nunique(), counts=_counts(learn, df, items), whose=whose,
-        split=_origin(learn, df), network=f'{learn.network.arch}, {learn.dls.setup.size} pixels')
+        split=_origin(learn, df, held_out), network=f'{learn.network.arch}, {learn.dls.setup.size} pixels')
 
 # %% ../nbs/api/34_report.ipynb #2c2503a8
 def _left_out(learn, items, bad, phi):
@@ -205,12 +214,13 @@ def _about_cases(heatmaps, cases, vocab, shown, path, phi, side, words, layer=No
         for i, (_, row) in zip(range(len(h)), rows):
             mask = lesion_mask(path, row.file) if path else None
             done.append(dict(no=len(done)+1) | _case(h, i, row, vocab, shown, mask, phi, side, words, scale))
-    colours = 255*colormaps['inferno'](np.linspace(0, 1, 9))
+    levels = np.linspace(0, 1, 9)
+    colours = np.column_stack([255*colormaps['inferno'](levels)[:, :3], levels])
     return dict(shown=shown, labels=sorted(set(cases.label.map(label_text))), cases=done, layers=names, layer=first,
         at=h.layers[names.index(first)], outlined=any(o['outline'] for o in done), scale=known,
         scale_layer=known and words.get(known.layer, f'layer {known.layer}'),
         both=any(m['own'] for o in done for m in o['maps']),
-        colours=[f'rgb({r:.0f} {g:.0f} {b:.0f})' for r, g, b, _ in colours])
+        colours=[f'rgb({r:.0f} {g:.0f} {b:.0f} / {a:.3g})' for r, g, b, a in colours])
 
 # %% ../nbs/api/34_report.ipynb #9417cacd
 _MOST = 100 # films
@@ -273,6 +283,7 @@ def report(
     progress:bool=False,       # Show a bar with the time left?
     smooth:str|Callable|None=None, # As for `attribute`
     scale:str|None=None,       # 'own': each map by its maximum; None: the scale of all films, where it is known
+    held_out:bool=False,       # Are `items` those that the split of the model's file holds back?
 ) -> Path:                     # `fn`
     """One HTML file that needs nothing else: data, split, metrics with intervals, subgroups with warnings, and a
     gallery of cases with heatmaps. Written whole or not at all. Raises ValueError as `evaluate` and `attribute` do."""
@@ -288,7 +299,7 @@ def report(
         path, phi, side)
     html = html_page('report.html.jinja', title=title or 'Report of an X-ray classifier', vocab=vocab, phi=phi,
         side=side, chosen=says, skipped=_left_out(learn, items, bad, phi), passport=passport, **gallery,
-        **_about_data(learn, df, items),
+        **_about_data(learn, df, items, held_out),
         **_about_results(df, learn.dls.setup.table if items is None else df, vocab, results))
     with whole(fn) as part: part.write_text(html, encoding='utf-8')
     return Path(fn)

@@ -143,10 +143,10 @@ def _says_single(row):
 
 # %% ../nbs/api/33d_verdict.ipynb #ef01fd8a
 def _says_found(table):
-    "What of films that the network calls ill?"
+    "What of films that the network calls positive?"
     row, found = row_of(table, 'pointing'), row_of(table, 'pointing', films='found')
     if row is None or found is None or found.n == row.n: return []
-    return [Say('found', None, f'Where the network calls the film ill, they do so in {_share(found)}.')]
+    return [Say('found', None, f'Where the network calls the film positive, they do so in {_share(found)}.')]
 
 # %% ../nbs/api/33d_verdict.ipynb #b64c024b
 def _says_outline(table):
@@ -173,8 +173,8 @@ def _followed(table, measure):
 def _says_follows(table):
     "Do they mark what the model's score hangs on? Only if all figures say so, and not only if none does."
     rows = {m: row for m in _FOLLOWS if (row := row_of(table, m)) is not None}
-    if not rows: return [Say('follows', None, 'Whether they show what the model uses was not asked here: '
-        '`dicomcam passport` does.')]
+    if not rows: return [Say('follows', None, 'Whether they show what the model uses was not asked here. '
+        'The command dicomcam passport asks.')]
     patients = min(row.patients for row in rows.values())
     if patients < FEWEST:
         return [Say('follows', None, f'{patients:.0f} patients are too few to say whether they show what the model '

@@ -332,6 +332,16 @@ def test_report_holds_what_it_should(html, learn, folder):
 
 def picked(learn, folder, n): return [o.stem for o in report_._pick_cases(predictions(learn, label_table(folder)), n, False)[0].file]
 
+def test_report_of_patients_held_back_says_so(learn, folder, tmp_path):
+    "A model that comes from a file does not know its training set; who asks for those held back does"
+    model = load_model(save_model(learn, tmp_path/'m.safetensors'))
+    back = label_table(folder).iloc[:6]
+    t = texts(report(model, back, tmp_path/'r.html', '5', n=1, held_out=True))
+    assert 'held back in training' in t and 'no patient is on both sides' in t and 'is not known here' not in t
+    learn_by_film = train_learner(folder, fit=False, data=dict(by=None), arch='xresnet18', size=32, bs=8)
+    t = texts(report(load_model(save_model(learn_by_film, tmp_path/'m.safetensors')), back, tmp_path/'r.html', '5', n=1, held_out=True))
+    assert 'not by patient' in t
+
 def test_report_of_the_validation_set(learn, folder, tmp_path):
     t = texts(report(learn, fn=tmp_path/'r.html', layers='5', n=3))
     assert 'so no patient is on both sides' in t and 'training No Pneumothorax' in t and '3 of' in t and 'cyan' not in t
@@ -346,7 +356,7 @@ def test_report_says_first_what_counts(html, learn, folder):
               'from a probability of 0.50 on', '30 images of', 'They point into the lesion in', 'were in the training set too'): assert o in first, o
     places = [t.index(o) for o in ('In short', 'A heatmap tells where, coarsely, and not why', 'Sort by', 'What may be said of the heatmaps Open', 'Beside each metric', 'PatientSex', 'What this cannot show') if o in t]
     assert places == sorted(places) and len(places) > 5
-    assert ' ?' not in t and '– to' not in t and 'to –' not in t and not re.search(r'\b[Ff]igures?\b', t) and 'layercam' not in t
+    assert '`' not in t and ' ?' not in t and '– to' not in t and 'to –' not in t and not re.search(r'\b[Ff]igures?\b', t) and 'layercam' not in t
 
 def test_groups_of_few_patients_are_not_drawn(learn, folder):
     "Nor is an AUC said of them"
@@ -508,6 +518,24 @@ def test_one_scale_or_each_by_its_own_maximum(browser, scaled):
     assert said() == ['by its own maximum']*4
     page.close()
 
+def test_scale_by_keyboard_alone(browser, scaled):
+    "With one choice more, still a dozen stops before the first case"
+    page = browser.new_page()
+    page.set_default_timeout(120_000)
+    page.goto(scaled.as_uri())
+    page.locator('#all-layer').select_option(index=1)
+    page.evaluate("document.activeElement.blur()")
+    page.locator('h1').click() # the keyboard starts from the top
+    stops = []
+    while 'enlarge' not in stops and len(stops) < 30:
+        page.keyboard.press('Tab')
+        stops.append(page.evaluate("document.activeElement.id || document.activeElement.className"))
+        if stops[-1] == 'scale':
+            page.keyboard.press('End')
+            assert page.evaluate("[...document.querySelectorAll('.said:not([hidden])')].map(o => o.textContent)") == ['by its own maximum']*4
+    assert 'scale' in stops and stops.index('enlarge') <= 12, stops
+    page.close()
+
 def case(page):
     "A case with four different maps"
     i = page.evaluate("[...document.querySelectorAll('.case')].findIndex(c => new Set([...c.querySelectorAll('.heat')].map(o => o.src)).size == 4)")
@@ -560,6 +588,18 @@ def test_sorting_and_showing(page):
         page.locator('#show').select_option('')
         assert len(values(page, 'label')) == 12
 
+def strip(page):
+    "The colours of the scale, from weak to strong"
+    return np.asarray(Image.open(BytesIO(page.locator('.scale').screenshot())).convert('RGB')).astype(int)[4]
+
+def test_colour_scale_is_as_faint_as_the_heatmaps(page):
+    "Weak is the ground alone, strong what lies over an image; and it goes with the slider of all cases"
+    at = strip(page)
+    yellow, grey = np.array([252, 255, 164]), np.array([128]*3)
+    assert np.abs(at[3]-grey).max() <= 25 and np.abs(at[-4]-(.6*yellow+.4*grey)).max() <= 25
+    page.locator('#all-opacity').fill('0')
+    assert np.abs(strip(page)[3:-3]-grey).max() <= 2
+
 def test_all_cases_at_once(page):
     page.locator('#all-opacity').fill('10')
     assert set(page.evaluate("[...document.querySelectorAll('.heat')].map(o => o.style.opacity)")) == {'0.1'}
@@ -604,8 +644,10 @@ def test_light_dark_phone_and_desk(page, request):
 
 @pytest.mark.parametrize('page', [dict(color_scheme='dark')], indirect=True)
 def test_on_paper(page):
-    "Dark on light, no controls, and tables as tables"
+    "Dark on light, no controls, tables as tables, in letters of one size, and four cases side by side"
     page.emulate_media(media='print')
+    assert len(set(page.evaluate("[...document.querySelectorAll('td, td .soft')].map(o => getComputedStyle(o).fontSize)"))) == 1
+    assert page.evaluate("getComputedStyle(document.querySelector('.cases')).gridTemplateColumns.split(' ').length") == 4
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == 'rgb(255, 255, 255)' and page.locator('select:visible, button:visible, nav:visible').count() == 0
     assert page.evaluate("getComputedStyle(document.querySelector('td')).display") == 'table-cell' and page.pdf(format='A4')[:4] == b'%PDF'
 
