@@ -50,7 +50,8 @@ def _films_text(values, cls):
     words = dict(ill=f'with {cls}', healthy='without it', unknown='without a label')
     films = values.drop_duplicates('film')
     drawn = values[values.measure == 'size'].film.nunique()
-    kinds = ', '.join(f'{n} {words[state]}' for state, n in films.state.value_counts().items())
+    counts = films.state.value_counts()
+    kinds = ', '.join(f'{counts[state]} {says}' for state, says in words.items() if state in counts)
     return f'{len(films)} films of {films.patient.nunique()} patients: {kinds}; a lesion is drawn on {drawn}.'
 
 _SETS = dict(all='All lesions', found='In films called so', smaller='The smaller half', larger='The larger half')

@@ -244,6 +244,11 @@ def test_page_and_json(values, tmp_path):
     assert len(told['table']) == len(p.table) and told['verdict'][0]['text'] == p.verdict[0].text and not [o for o in set(values.patient) if o in str(told)]
     assert p._repr_html_().count('<li') == len(p.verdict)
 
+def test_kinds_of_films_in_words():
+    "Those with the disease first, so that `it` is known; none is called by the name of a column"
+    films = pd.DataFrame(dict(film=range(5), patient=range(5), measure='pointing', state=['healthy', 'healthy', 'ill', 'unknown', 'healthy']))
+    assert passport_._films_text(films, 'Mass') == '5 films of 5 patients: 1 with Mass, 3 without it, 1 without a label; a lesion is drawn on 0.'
+
 def test_groups_of_few_patients_are_too_few(tmp_path):
     "Six of each size are not drawn, and nothing is said of them"
     v = values_of(12, pointing=pointing(12), size=dict(lesion=.1))

@@ -1,8 +1,9 @@
 """Open notebooks in JupyterLab in a real browser, run all their cells, and photograph the result.
 
-    python tools/jupyterlab.py [--out DIR] [nbs/01_dicom.ipynb ...]
+    python tools/jupyterlab.py [--out DIR] [--views 3] [--dark] [nbs/01_dicom.ipynb ...]
 
-Takes a picture of a progress bar on the way too. Runs on copies, on small data. Needs `pip install jupyterlab
+Takes a picture of a progress bar on the way too. Runs on copies, on small data. All cells are drawn, also those out of
+sight, so that no picture is of a place that JupyterLab has not drawn yet. Needs `pip install jupyterlab
 playwright` and a chromium (apt install chromium, or playwright install chromium). Exit status 1 if a cell ends in an
 error or an image does not show."""
 import argparse, os, secrets, shutil, subprocess, sys, tempfile, time
@@ -20,6 +21,7 @@ RUN = '''async fn => { // the notebook's own commands, as the menu gives them
     const panel = await app.commands.execute('docmanager:open', {path: fn, factory: 'Notebook'})
     await panel.context.ready
     await panel.sessionContext.ready
+    panel.content.notebookConfig = {...panel.content.notebookConfig, windowingMode: 'none'}
     for (const c of panel.content.model.cells)
         if (c.sharedModel.source.startsWith('#| eval: false')) c.sharedModel.source = '' // pip install
     window.ran = false
@@ -71,30 +73,30 @@ def watch(page, name, out, limit):
         page.wait_for_timeout(200)
     return most
 
-def photograph(page, name, out):
-    "Pictures of the top, the middle and the end"
+def photograph(page, name, out, views):
+    "Pictures from the top to the end, evenly spread"
     pane = page.locator('.jp-WindowedPanel-outer:visible').first
-    for k in range(3):
-        for _ in range(2): # what comes into view is drawn then, and may change the height
-            pane.evaluate('(o, k) => o.scrollTo(0, k/2*o.scrollHeight)', k)
-            page.wait_for_timeout(700)
+    for k in range(views):
+        pane.evaluate('(o, at) => o.scrollTo(0, at*(o.scrollHeight-o.clientHeight))', k/max(views-1, 1))
+        page.wait_for_timeout(700)
         page.screenshot(path=out/f'{name}-{k}.png')
 
-def look(page, fn, out, limit):
+def look(page, fn, args):
     "Run one notebook; how it ended"
     page.evaluate(RUN, fn.name)
-    bars = watch(page, fn.stem, out, limit)
+    bars = watch(page, fn.stem, args.out, args.limit)
     page.evaluate(FIRST_CELL)
     state = page.evaluate(STATE)
-    photograph(page, fn.stem, out)
+    photograph(page, fn.stem, args.out, args.views)
     return {**state, 'progress bars': bars, 'shown': page.evaluate(SHOWN)}
 
-def open_page(browser, token):
+def open_page(browser, token, dark):
     "JupyterLab in a new page, ready"
     page = browser.new_page(viewport=dict(width=1280, height=1000))
     page.goto(f'http://127.0.0.1:{PORT}/lab?token={token}&reset', timeout=120000)
     page.wait_for_function('() => window.jupyterapp && window.jupyterapp.shell', timeout=120000)
     page.evaluate('() => window.jupyterapp.restored')
+    if dark: page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
     return page
 
 if __name__ == '__main__':
@@ -102,6 +104,8 @@ if __name__ == '__main__':
     p.add_argument('notebooks', nargs='*', type=Path)
     p.add_argument('--out', type=Path, default=Path('screenshots'))
     p.add_argument('--limit', type=int, default=600, help='seconds for one notebook')
+    p.add_argument('--views', type=int, default=3, help='pictures of one notebook')
+    p.add_argument('--dark', action='store_true', help='in the dark theme')
     args = p.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     fns = args.notebooks or sorted((root/'nbs').glob('[0-9]*.ipynb'))
@@ -113,8 +117,8 @@ if __name__ == '__main__':
         browser = pw.chromium.launch(executable_path=shutil.which('chromium'), args=['--no-sandbox'])
         try:
             for fn in fns:
-                page = open_page(browser, token)
-                state = look(page, fn, args.out, args.limit)
+                page = open_page(browser, token, args.dark)
+                state = look(page, fn, args)
                 print(fn.name, state, flush=True)
                 bad += bool(state['errors']) or bool(state['pictures'] and not state['shown'])
                 page.close()
