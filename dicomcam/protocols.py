@@ -1,4 +1,4 @@
-"""Figures as three papers compute them, so that heatmaps can be set beside what is published.
+"""Metrics as three papers compute them, so that you can set your heatmaps beside published ones.
 
 Docs: https://dicomcam.github.io/dicomcam/api/protocols.html.md"""
 
@@ -199,7 +199,7 @@ def wang(
     by:str='iobb',
     group:ndarray=None,
 ) -> pd.DataFrame:          # As `wang_localization` gives
-    """The figures of Wang et al. 2017, table 4, of heatmaps: the raw maps, signed as class activation maps are. Raises
+    """The metrics of Wang et al. 2017, table 4, of heatmaps: the raw maps, signed as class activation maps are. Raises
     ValueError where masks and images differ in number or size."""
     def boxes(mask): return [] if mask is None else lesion_boxes(mask)
     maps = (to_np(h.native(i, cls, layer)) for i in range(len(h)))
