@@ -76,6 +76,25 @@ def test_the_whole_way_in_forty_lines():
     for o in (r'dcmread\(\)', r'DataBlock\(', r'Learner\(dls, model', r'loss_func=', r'opt_func=ranger', r'\.fit', r'plot_confusion_matrix\(', r'gradcam\(|\bcam\('):
         assert re.search(o, text), o
 
+# --- links, films, files ---
+
+def prose(fn): return '\n'.join(''.join(c['source']) for c in json.loads(fn.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'markdown')
+
+def test_links_between_notebooks_lead_somewhere():
+    for fn in nbs.rglob('*.ipynb'):
+        for o in re.findall(r'\]\(([^)#:\s]+\.ipynb)', prose(fn)): assert (fn.parent/o).is_file(), f'{fn.name}: {o}'
+
+@pytest.mark.parametrize('lesson', ['00_start', '03_data', '08_cam', '09_gradcam', '13_share', '14_network', '15_cli'])
+def test_films_are_those_of_the_reader(lesson):
+    "SIIM_SMALL, the phantom or what DICOMCAM_DATA names, in tests too"
+    source = '\n'.join(''.join(c['source']) for c in json.loads((nbs/f'{lesson}.ipynb').read_text(encoding='utf-8'))['cells'])
+    assert 'get_data()' in seen(lesson) and "setdefault('DICOMCAM_DATA'" in source and "Modality='CR'" not in source
+
+def test_commands_write_into_a_folder_of_their_own():
+    "Whatever stops lesson 15, nothing lies beside it"
+    text = seen('15_cli')
+    assert 'os.chdir(tempfile.mkdtemp())' in text and text.index('os.chdir(') < text.index('--out')
+
 # --- limits ---
 
 spec = importlib.util.spec_from_file_location('lessons', root/'tools'/'lessons.py')

@@ -289,6 +289,12 @@ def test_command(folder, model, tmp_path):
     assert r.stdout.splitlines()[1:-1] == [o['text'] for o in said] and 'p.html' in r.stdout.splitlines()[-1]
     assert sorted(o.name for o in tmp_path.iterdir()) == ['p.html', 'p.json'] and 'other trainings' in (tmp_path/'p.html').read_text()
 
+def test_command_of_those_held_back(folder, model, tmp_path):
+    "The report says that they were; not where they are split by something else"
+    for by, says in ((), True), (('--by', 'none'), False):
+        run('report', model, folder, '--held-out', *by, '--cases', 1, '--force', '--out', tmp_path/'r.html')
+        assert ('no patient is on both sides' in texts(tmp_path/'r.html')) == says != ('is not known here' in texts(tmp_path/'r.html'))
+
 @pytest.mark.parametrize('args, says', [(['--out', 'there.html'], 'is there already'), (['--positive', 'Flu'], "No class 'Flu'"),
     (['--method', 'magic'], "No method 'magic'"), (['--json', '--out', 'x.json'], 'Name an HTML file'), (['--also', 'there.html', '--force', '--out', 'there.html'], 'is what the command reads'), (['--labels', 'no.csv'], 'no such file')])
 def test_bad_input_is_one_line(folder, model, tmp_path, monkeypatch, args, says):

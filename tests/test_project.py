@@ -114,3 +114,9 @@ def test_no_lesson_passes_without_its_extra():
         said = re.search(r"print\('(.*)'\)", cell.source)[1]
         cell.outputs = [nbformat.v4.new_output('stream', text=said+'\n')]
         assert left_out(nb) == [said]
+
+def test_a_name_in_the_docs_leads_to_one_room():
+    "Where two modules export one name, links of the docs lead to either"
+    from dicomcam._modidx import d
+    names = [o.split('.')[2] for syms in d['syms'].values() for o in syms if o.count('.') == 2]
+    assert not {o for o in names if names.count(o) > 1 and not o.startswith('_')}

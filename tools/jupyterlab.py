@@ -21,7 +21,7 @@ RUN = '''async fn => { // the notebook's own commands, as the menu gives them
     const panel = await app.commands.execute('docmanager:open', {path: fn, factory: 'Notebook'})
     await panel.context.ready
     await panel.sessionContext.ready
-    panel.content.notebookConfig = {...panel.content.notebookConfig, windowingMode: 'none'}
+    panel.content.notebookConfig = {...panel.content.notebookConfig, windowingMode: 'none', scrollPastEnd: false}
     for (const c of panel.content.model.cells)
         if (c.sharedModel.source.startsWith('#| eval: false')) c.sharedModel.source = '' // pip install
     window.ran = false
@@ -96,6 +96,7 @@ def open_page(browser, token, dark):
     page.goto(f'http://127.0.0.1:{PORT}/lab?token={token}&reset', timeout=120000)
     page.wait_for_function('() => window.jupyterapp && window.jupyterapp.shell', timeout=120000)
     page.evaluate('() => window.jupyterapp.restored')
+    page.add_style_tag(content='.Toastify { display: none }') # the question about news lies over the cells
     if dark: page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
     return page
 
