@@ -3,9 +3,9 @@
     python tools/jupyterlab.py [--out DIR] [--views 3] [--dark] [nbs/01_dicom.ipynb ...]
 
 Takes a picture of a progress bar on the way too. Runs on copies, on small data. All cells are drawn, also those out of
-sight, so that no picture is of a place that JupyterLab has not drawn yet. Needs `pip install jupyterlab
-playwright` and a chromium (apt install chromium, or playwright install chromium). Exit status 1 if a cell ends in an
-error or an image does not show."""
+sight, so that no picture is of a place that JupyterLab has not drawn yet. Needs `pip install jupyterlab playwright` and
+a chromium (apt install chromium, or playwright install chromium). Exit status 1 if a cell ends in an error, if no image
+shows, or if a picture shows no cell."""
 import argparse, os, secrets, shutil, subprocess, sys, tempfile, time
 from contextlib import suppress
 from pathlib import Path
@@ -39,17 +39,23 @@ SHOWN = '''() => {
     const images = [...document.querySelectorAll(".jp-OutputArea img")]
     return images.filter(o => o.complete && o.naturalWidth).length
 }'''
+CELLS = '''pane => { // how many cells, with something in them, can be seen
+    const seen = pane.getBoundingClientRect()
+    const inside = o => { const r = o.getBoundingClientRect(); return r.bottom > seen.top && r.top < seen.bottom }
+    return [...pane.querySelectorAll('.jp-Cell')].filter(o => inside(o) && o.innerText.trim()).length
+}'''
 FIRST_CELL = '''() => {
     window.jupyterapp.shell.collapseLeft()
     window.jupyterapp.shell.currentWidget.content.activeCellIndex = 0
 }'''
 
-def serve(folder, token):
-    "JupyterLab on a folder, ready to answer"
+def serve(folder, token, settings):
+    "JupyterLab on a folder, ready to answer; the theme and all else that it keeps go into `settings`"
     options = ['--no-browser', '--allow-root', '--expose-app-in-browser', f'--port={PORT}',
         f'--IdentityProvider.token={token}', f'--ServerApp.root_dir={folder}']
-    server = subprocess.Popen([sys.executable, '-m', 'jupyterlab', *options], env={**os.environ, 'IN_TEST': '1'},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = subprocess.Popen([sys.executable, '-m', 'jupyterlab', *options], stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, env={**os.environ, 'IN_TEST': '1', 'JUPYTERLAB_SETTINGS_DIR': settings,
+        'JUPYTERLAB_WORKSPACES_DIR': settings})
     for _ in range(120):
         try: urlopen(f'http://127.0.0.1:{PORT}/api?token={token}').close()
         except OSError: time.sleep(.5)
@@ -74,12 +80,14 @@ def watch(page, name, out, limit):
     return most
 
 def photograph(page, name, out, views):
-    "Pictures from the top to the end, evenly spread"
-    pane = page.locator('.jp-WindowedPanel-outer:visible').first
+    "Pictures from the top to the end, evenly spread; how many of them show nothing"
+    pane, blank = page.locator('.jp-WindowedPanel-outer:visible').first, 0
     for k in range(views):
         pane.evaluate('(o, at) => o.scrollTo(0, at*(o.scrollHeight-o.clientHeight))', k/max(views-1, 1))
         page.wait_for_timeout(700)
         page.screenshot(path=out/f'{name}-{k}.png')
+        blank += not pane.evaluate(CELLS)
+    return blank
 
 def look(page, fn, args):
     "Run one notebook; how it ended"
@@ -87,8 +95,8 @@ def look(page, fn, args):
     bars = watch(page, fn.stem, args.out, args.limit)
     page.evaluate(FIRST_CELL)
     state = page.evaluate(STATE)
-    photograph(page, fn.stem, args.out, args.views)
-    return {**state, 'progress bars': bars, 'shown': page.evaluate(SHOWN)}
+    blank = photograph(page, fn.stem, args.out, args.views)
+    return {**state, 'progress bars': bars, 'shown': page.evaluate(SHOWN), 'blank': blank}
 
 def open_page(browser, token, dark):
     "JupyterLab in a new page, ready"
@@ -109,19 +117,20 @@ if __name__ == '__main__':
     p.add_argument('--dark', action='store_true', help='in the dark theme')
     args = p.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    fns = args.notebooks or sorted((root/'nbs').glob('[0-9]*.ipynb'))
+    fns = args.notebooks or sorted(o for o in (root/'nbs').glob('*.ipynb') if o.stem != 'index')
     token = secrets.token_hex(16)
     bad = 0
-    with tempfile.TemporaryDirectory() as folder, sync_playwright() as pw:
-        for fn in fns: shutil.copy(fn, folder)
-        server = serve(folder, token)
+    temporary = tempfile.TemporaryDirectory
+    with temporary() as folder, temporary() as settings, sync_playwright() as pw:
+        for fn in {o for fn in fns for o in (fn, *fn.parent.glob('*.json'))}: shutil.copy(fn, folder)
+        server = serve(folder, token, settings)
         browser = pw.chromium.launch(executable_path=shutil.which('chromium'), args=['--no-sandbox'])
         try:
             for fn in fns:
                 page = open_page(browser, token, args.dark)
                 state = look(page, fn, args)
                 print(fn.name, state, flush=True)
-                bad += bool(state['errors']) or bool(state['pictures'] and not state['shown'])
+                bad += bool(state['errors'] or state['blank'] or state['pictures'] and not state['shown'])
                 page.close()
         finally:
             browser.close()
