@@ -1,4 +1,4 @@
-"""What may be said of a network's heatmaps: every figure beside maps that know nothing, and beside what is published.
+"""What may be said of a network's heatmaps: every metric beside maps that know nothing, and beside what is published.
 
 Docs: https://dicomcam.github.io/dicomcam/api/passport.html.md"""
 

@@ -1,4 +1,4 @@
-"""Several processes of one command, on one machine or many: whose share is what, and what they tell one another.
+"""Several processes of one command, on one machine or many: which share each has, and what they tell one another.
 
 Docs: https://dicomcam.github.io/dicomcam/api/team.html.md"""
 

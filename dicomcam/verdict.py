@@ -1,4 +1,4 @@
-"""What may be said of heatmaps, and what not: words, each drawn from an interval by a rule that stands here.
+"""What may be said of heatmaps, and what not: each sentence follows from an interval, by a rule that you find here.
 
 Docs: https://dicomcam.github.io/dicomcam/api/verdict.html.md"""
 
