@@ -84,7 +84,7 @@ def test_links_between_notebooks_lead_somewhere():
     for fn in nbs.rglob('*.ipynb'):
         for o in re.findall(r'\]\(([^)#:\s]+\.ipynb)', prose(fn)): assert (fn.parent/o).is_file(), f'{fn.name}: {o}'
 
-@pytest.mark.parametrize('lesson', ['00_start', '03_data', '08_cam', '09_gradcam', '13_share', '14_network', '15_cli'])
+@pytest.mark.parametrize('lesson', [*(o.stem for o in sorted(nbs.glob('0[0-9]_*.ipynb'))), '13_share', '14_network', '15_cli', 'A2_speed', 'A3_resume'])
 def test_films_are_those_of_the_reader(lesson):
     "SIIM_SMALL, the phantom or what DICOMCAM_DATA names, in tests too"
     source = '\n'.join(''.join(c['source']) for c in json.loads((nbs/f'{lesson}.ipynb').read_text(encoding='utf-8'))['cells'])
