@@ -89,6 +89,7 @@ def test_films_are_those_of_the_reader(lesson):
     "SIIM_SMALL, the phantom or what DICOMCAM_DATA names, in tests too"
     source = '\n'.join(''.join(c['source']) for c in json.loads((nbs/f'{lesson}.ipynb').read_text(encoding='utf-8'))['cells'])
     assert 'get_data()' in seen(lesson) and "setdefault('DICOMCAM_DATA'" in source and "Modality='CR'" not in source
+    assert not re.search(r"[!=]= 'Pneumothorax'", source) # a folder of one's own has other classes
 
 def test_commands_write_into_a_folder_of_their_own():
     "Whatever stops lesson 15, nothing lies beside it"
