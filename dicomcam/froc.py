@@ -30,8 +30,16 @@ def _film(heat, mask):
     lesions, n = (np.zeros(heat.shape, int), 0) if mask is None else lesions_of(np.asarray(mask, bool))
     if heat.shape != lesions.shape: raise ValueError(f'A mask of {lesions.shape} for a map of {heat.shape}.')
     if mask is not None and not n: raise ValueError('A mask without a lesion. Give None for a healthy film.')
-    thin = (slice(None, None, max(1, max(heat.shape)//_SIDE)),)*heat.ndim
-    return heat[thin], lesions[thin], n
+    step = max(1, max(heat.shape)//_SIDE)
+    return heat[(slice(None, None, step),)*heat.ndim], _thinned(lesions, n, step), n
+
+def _thinned(lesions, n, step):
+    "One point in `step` along each axis; a lesion that would lie between them keeps the point at its middle."
+    thin = lesions[(slice(None, None, step),)*lesions.ndim].copy()
+    lost = np.setdiff1d(np.arange(1, n+1), thin)
+    for k, middle in zip(lost, ndimage.center_of_mass(lesions > 0, lesions, lost)):
+        thin[tuple(int(o)//step for o in middle)] = k
+    return thin
 
 def lesions_of(
     mask:ndarray, # Lesions, bool

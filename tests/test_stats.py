@@ -250,6 +250,13 @@ def test_froc_the_higher_peak_of_merged_regions_counts():
     assert t.sensitivity.tolist() == [0, 1, 0] and t.fp_film.tolist() == [1, 1, 1]
     assert t.fp_healthy.isna().all() and t.lit.isna().all() # no healthy film, nothing known of any
 
+def test_froc_lesion_between_the_points_that_are_looked_at():
+    heat, mask = np.zeros((2, 3000, 3000), np.float32)
+    heat[1200:1300, 1200:1300] = 1
+    mask[1245:1250, 1245:1250] = 1 # the points are 11 apart: 1243, 1254
+    assert froc_curve([heat], [mask], thresholds=[.5], hit='touch').sensitivity.tolist() == [1]
+    assert froc_curve([heat], [np.roll(mask, 500, 0)], thresholds=[.5], hit='touch').sensitivity.tolist() == [0]
+
 def test_froc_criteria():
     wide = spots(.9)
     wide[:, :20] = wide[:, :20].clip(.5) # 160 pixels, 4 of them lesion
