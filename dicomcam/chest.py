@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torchvision.models import DenseNet, ResNet
 from torchvision.models.resnet import Bottleneck
 
+from .kinds import XRAYS
 from .pil import PILDicom, TensorDicom
 from .batches import Setup, any_source, dicom_block
 from .data import DownloadError
@@ -194,6 +195,8 @@ def _downloaded(name):
             f'put {file} into {get_cache_dir()}, or name it: weights=FILE, for dicom_learner pretrained=FILE.') from e
 
 # %% ../nbs/api/17b_chest.ipynb #b0ab16da
+_FILMS = XRAYS | dict(BodyPartExamined=['CHEST', 'THORAX'], ViewPosition=['AP', 'PA']) # that they were trained on
+
 def _no_data(size, vocab):
     "Dataloaders that hold no data but treat it as torchxrayvision does."
     black = np.zeros((size, size), np.uint8)
@@ -201,7 +204,8 @@ def _no_data(size, vocab):
         get_y=lambda _: vocab)
     dls = any_source(block.dataloaders([black, black], num_workers=0)).new_empty()
     split = dict(by='PatientID', valid_pct=.2, seed=42, fold=None)
-    dls.setup = Setup(size, 'crop', vocab, True, split, dict(rule='torchxrayvision', channels=1))
+    scaling = dict(rule='torchxrayvision', channels=1)
+    dls.setup = Setup(size, 'crop', vocab, True, split, scaling, films=_FILMS)
     return dls
 
 def chest_network(

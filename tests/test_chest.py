@@ -11,6 +11,7 @@ from dicomcam.chest import CHEST_NETWORKS, ChestImages, OperatingPoints, chest_n
 from dicomcam.classifier import Classifier
 from dicomcam.data import DownloadError
 from dicomcam.gradcam import gradcam
+from dicomcam.kinds import other_kind
 from dicomcam.models import save_model
 
 DENSE, RES = 'densenet121-res224-all', 'resnet50-res512-all'
@@ -366,6 +367,15 @@ def test_fine_tuning(xrv, home, learn, folder, tmp_path, monkeypatch):
 def test_no_such_network_to_go_on_with(name, told):
     from dicomcam.networks import build_model
     with pytest.raises(ValueError, match=told): build_model(name, 2)
+
+def test_films_that_it_knows(learn):
+    "A node answers these alone: frontal chest films"
+    def is_other(**header):
+        ds = pydicom.Dataset()
+        for key, value in header.items(): setattr(ds, key, value)
+        return other_kind(ds, learn.dls.setup.films)
+    assert not is_other(Modality='CR') and not is_other(Modality='DX', BodyPartExamined='CHEST', ViewPosition='PA')
+    assert all(is_other(**dict(Modality='CR')|more) for more in (dict(Modality='CT'), dict(BodyPartExamined='KNEE'), dict(ViewPosition='LL')))
 
 def test_random_weights_need_no_torchxrayvision(monkeypatch):
     from dicomcam.networks import build_model
