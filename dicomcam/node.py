@@ -119,7 +119,7 @@ def _write_answer(h, i, cls, model, folder):
     save_sc(h, i, folder/'1.dcm', cls)
     k = h.cls(i, cls)
     try: seg = save_seg(h, i, folder/'2.dcm', cls)
-    except ValueError: return # nothing bright enough: a picture, and no region to report
+    except ValueError as e: return f'has a picture, but neither region nor report: {e}' # nothing bright enough, say
     drawn = h.drawn_by(i, cls) or 'each map by its own maximum'
     words = [*model, f'layer {h.layers[-1]}', str(drawn)]
     save_sr(seg, folder/'3.dcm', h.classes[k], float(h.probs[i, k]), h.method, words)
@@ -138,7 +138,7 @@ def write_answers(
     folders:list,     # Where the answer of each goes; are not there yet
     cls:str|None,     # Class to explain; None: the likeliest of each film
     model:list,       # What tells the model in a report, a text each
-) -> list[str]:       # Why a film has no answer, '' where it has one
+) -> list[str]:       # Why a film has no answer, or a part of one; '' where it has a whole one
     "Explain films together, and write their answers. Raises OSError for a full disk, else what `explain` does."
     with _of_the_film(): h, whys = explain(films), []
     for i, folder in enumerate(folders):

@@ -78,6 +78,20 @@ def test_answers(films, tmp_path):
         ds = pydicom.dcmread(o)
         for value in (ds.PatientID, ds.SOPInstanceUID, ds.StudyInstanceUID): assert value not in told
 
+def test_a_part_of_an_answer_is_told(films, tmp_path):
+    "Nothing speaks for the class: a picture goes, neither region nor report, and a line says why"
+    def dark(files):
+        h = explain(files)
+        h.raw = [-o for o in h.raw]
+        return h
+    log = []
+    with target() as (address, kept):
+        node = a_node(tmp_path/'queue', peer(address), log)
+        node.explain = dark
+        with listening(node) as port: list(sender(port).put(films[:1]))
+        answer_films(node)
+    assert len(kept) == 1 and sum('neither region nor report' in o for o in log) == 1
+
 def test_one_node_a_queue(films, tmp_path):
     node = a_node(tmp_path/'queue')
     with open(tmp_path/'queue'/'lock', 'w') as f:
