@@ -50,6 +50,7 @@ def lesions_of(
     sizes[0] = 0
     return ndimage.label(mask & (sizes > _SPECK*sizes.sum())[parts])
 
+# %% ../nbs/api/30c_froc.ipynb #941128a1
 def _finds(heat, regions, n_regions, lesions, n_lesions, hit, overlap):
     "(regions, lesions) bool: which of them finds which?"
     if hit == 'peak':
