@@ -24,27 +24,33 @@ from torch.nn import functional as F
 from .labels import has_class
 from .prior import LesionPrior, lesion_prior
 from .batches import setup_of
-from .data import lesion_mask
-from .heatmaps import find_class
+from .data import film_size, lesion_mask
+from .heatmaps import find_class, read_mask
 from .classifier import Classifier, unwrapped
 from .explain import as_found
 from .head import find_head
 
 # %% ../nbs/api/29g_guide.ipynb #b241419f
+def _on_film(mask, file):
+    "A mask as bool, (rows, columns) of its film. Raises ValueError where it is of another size."
+    try: return read_mask(mask, *film_size(file))
+    except ValueError as e: raise ValueError(f'{file}: {e}') from None
+
 def each_lesion(
     learn:Learner,              # Of `dicom_dls`
     path:str|Path|None=None,    # Folder whose `masks/` or `boxes.csv` know the lesions; None: that of the dataloaders
     mask_of:Callable|None=None, # From a file to its mask, or None; in place of the folder's
     shuffled:bool=False,        # In an order that has nothing to do with names? The same each time
 ) -> Iterator[tuple]:           # File and mask (rows, columns), one film after the other
-    "What is known of the lesions in the films that the network is trained on; nothing of those held back."
+    """What is known of the lesions in the films that the network is trained on; nothing of those held back. Raises
+    ValueError for a mask that is not of its film's size."""
     setup = setup_of(learn.dls)
     if setup is None or setup.table is None: return
     mask_of = mask_of or partial(lesion_mask, path or learn.dls.path)
     files = setup.table.file[~setup.table.is_valid]
     for file in files.sample(frac=1, random_state=42) if shuffled else files:
         mask = mask_of(file)
-        if mask is not None and np.any(mask): yield file, mask
+        if mask is not None and np.any(mask := _on_film(mask, file)): yield file, mask
 
 def training_lesions(
     *args, **kw # As for `each_lesion`
@@ -82,6 +88,7 @@ class _Lessons(TrainingCallback):
         most:int=500,               # How many such films are used
         fewest:int=10,              # How many it takes
     ):
+        if not (weight > 0 and n > 0): raise ValueError(f'weight={weight}, n={n}: give more than 0. No guide: guide=False.')
         self.path, self.mask_of, self.cls, self.weight = path, mask_of, cls, weight
         self.n, self.most, self.fewest = n, most, fewest
 

@@ -207,3 +207,11 @@ def test_the_command_guides_and_says_so(spots, boxed, tmp_path):
     assert 'Lesions of' not in train(boxed).output
     refused = train(spots[0], '--guide')
     assert refused.exit_code and 'masks/ or boxes.csv' in f'{refused.exception} {refused.output}'
+
+@pytest.mark.parametrize('change', [dict(n=0), dict(weight=0), dict(weight=-1.), dict(weight=float('nan'))])
+def test_what_guides_nothing(change):
+    with pytest.raises(ValueError, match='more than 0'): LesionGuide(**change)
+
+def test_mask_of_another_size_is_refused(spots):
+    learn = dicom_learner(dicom_dls(spots[0], size=SIZE), 'xresnet18')
+    with pytest.raises(ValueError, match=r'dcm: A mask of \(3, 3\)'): training_lesions(learn, mask_of=lambda file: np.ones((3, 3)))
