@@ -88,7 +88,7 @@ class _Lessons(TrainingCallback):
         most:int=500,               # How many such films are used
         fewest:int=10,              # How many it takes
     ):
-        if not (weight > 0 and n > 0): raise ValueError(f'weight={weight}, n={n}: give more than 0. No guide: guide=False.')
+        if not (weight > 0 and n > 0): raise ValueError(f'weight={weight}, n={n}: each is more than 0.')
         self.path, self.mask_of, self.cls, self.weight = path, mask_of, cls, weight
         self.n, self.most, self.fewest = n, most, fewest
 
