@@ -27,7 +27,7 @@ from .attribution import attribute
 from .choice import CANDIDATES, chosen, late_stages
 
 # %% ../nbs/api/30f_absolute.ipynb #c4ef374b
-_TIMES = 3 # the threshold, where the ill do not tell the top
+_TIMES = 3 # the threshold, where films with the disease do not tell the top
 
 def film_maxima(
     h:Heatmaps,   # Of any films
@@ -43,13 +43,13 @@ def _of_patients(maxima, group):
     return maxima if group is None else pd.Series(maxima).groupby(np.asarray(group)).max().to_numpy()
 
 def absolute_scale(
-    h:Heatmaps,          # Of healthy and of ill films: those held back, best
+    h:Heatmaps,          # Of healthy films and of films with the disease: those held back, best
     is_healthy:ndarray,  # (n,) bool
     cls:str|int,         # The disease, by name or index
     layer=None,          # Layer; None: the last
     group:ndarray=None,  # (n,) whose film it is; None: each is a patient of its own
     share:float=.95,     # Of all healthy films that are to stay dark
-    top:float=.9,        # Quantile of the ill films' maxima that has full colour
+    top:float=.9,        # Quantile of the maxima of films with the disease that has full colour
     films:str='given',   # What to call the films
 ) -> HeatScale:
     """The scale of one class at one layer, of films whose label is known. Raises ValueError for fewer than 19 healthy

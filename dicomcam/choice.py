@@ -33,12 +33,12 @@ def _last(learn):
 def default_layer(
     learn:Learner, # From `dicom_learner` or `load_model`
 ) -> dict: # layer, method, reason
-    "What to look at where no lesion of the training side is known. Raises ValueError where no layer has positions."
+    "What to look at where no lesion was used to choose. Raises ValueError where no layer has positions."
     stage = fine_stage(learn)
     if stage is not None and not learn.network.inputs:
-        reason = 'no lesion of the training side is known: the deepest stage with 16 x 16 positions, or the first'
+        reason = 'no lesion was used to choose: the deepest stage with 16 x 16 positions, or the first'
         return dict(layer=layer_name(bare_model(learn), stage), method='gradcam', reason=reason)
-    return dict(layer=_last(learn), method='gradcam', reason='no lesion of the training side is known: the last stage')
+    return dict(layer=_last(learn), method='gradcam', reason='no lesion was used to choose: the last stage')
 
 def chosen(
     learn:Learner, # From `dicom_learner` or `load_model`

@@ -93,7 +93,7 @@ def froc_curve(
     if hit not in _HITS: raise ValueError(f'No criterion {hit!r}; there are {", ".join(_HITS)}.')
     films = [_film(heat, mask) for heat, mask in zip(maps, masks, strict=True)]
     counts = np.array([n for *_, n in films])
-    if not counts.any(): raise ValueError('No lesion in any mask: a FROC curve needs ill films.')
+    if not counts.any(): raise ValueError('No lesion in any mask: a FROC curve needs films with a lesion.')
     if thresholds is None:
         top = max(heat.max() for heat, *_ in films)
         if not top > 0: raise ValueError('No map is anywhere above 0: nothing speaks for the class.')
@@ -117,7 +117,7 @@ def _table(thresholds, found, false, counts, group):
 
 # %% ../nbs/api/30c_froc.ipynb #efb41674
 def froc(
-    h:Heatmaps,              # Of ill and of healthy films
+    h:Heatmaps,              # Of films with a lesion and of healthy ones
     masks:list,              # A mask a film: array or file, on the original's rows x columns; None: a healthy film
     cls:str|int,             # The lesion's class, by name or index
     layer=None,              # Layer; None: the last
@@ -126,7 +126,7 @@ def froc(
     hit:str='peak',
     overlap:float=.1,
 ) -> pd.DataFrame:           # As `froc_curve` gives
-    """Free-response ROC of heatmaps. Leave out ill films whose lesion's place is not known: None stands for healthy.
+    """Free-response ROC of heatmaps. Leave out films with a lesion whose place is not known: None stands for healthy.
     Raises ValueError as `froc_curve` does, and where masks and images differ in number or size."""
     if len(h) != len(masks): raise ValueError(f'{len(h)} images, but {len(masks)} masks. Give None for a healthy film.')
     maps = (to_np(positive(h.native(i, cls, layer))) for i in range(len(h)))

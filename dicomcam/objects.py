@@ -148,7 +148,7 @@ def _told(h, i, cls, layer):
 def _scaled(h, i, cls, layer, scale):
     "Lines that say what the map is drawn by, and whether anything is left of it."
     by = h.drawn_by(i, cls, layer, scale)
-    if not by: return ['by its own maximum, whatever that is']
+    if not by: return ['by its own maximum: not comparable between films']
     dark = [] if h.heat(i, cls, layer, scale=scale).any() else [for_terminal(nothing_speaks(h.classes[h.cls(i, cls)]))]
     return [str(by), *dark]
 
@@ -190,7 +190,7 @@ def save_sc(
     _, what = _told(h, i, cls, layer)
     maker, now = f'dicomcam {__version__}', datetime.now()
     scaled = _scaled(h, i, cls, layer, scale)
-    lines = [f'{maker}: {what}', *scaled, 'Research only. NOT FOR DIAGNOSTIC USE']
+    lines = [what, *scaled, f'By {maker}', 'Research only. NOT FOR DIAGNOSTIC USE']
     picture = captioned(overlay(h, i, cls, layer, alpha, cmap, scale), lines)
     rows, cols, _ = picture.shape
     padding = b'\0'*(picture.size % 2)

@@ -106,3 +106,14 @@ spec.loader.exec_module(lessons)
 def test_lessons_keep_to_their_limits(lesson):
     "Minutes, lines, pictures, questions"
     assert not lessons.measure(nbs/f'{lesson}.ipynb').broken
+
+@pytest.mark.parametrize('prose, hidden, code, broken', [
+    ('', 'port = 1', 'print(port)', ['cell 2: nothing says what port is']), ('It listens at `port`.', 'port = 1', 'print(port)', []),
+    ('', 'def show(x): return x', 'show(1)', ['cell 2: nothing says what show is']), ('', 'import json', 'json.loads("1")', []),
+    ('', 'if 1: train = partial(train, n=1)', 'train()', []), ('', 'port = 1', 'port = 2\nprint(port)', [])])
+def test_hidden_names_are_told(tmp_path, prose, hidden, code, broken):
+    "What visible code takes from a hidden cell is named before; imports and what a test makes smaller need no words"
+    cells = [('markdown', prose), ('code', f'#| hide\n{hidden}'), ('code', code)]
+    cells = [dict(cell_type=kind, source=[source], outputs=[]) for kind, source in cells]
+    (tmp_path/'lesson.ipynb').write_text(json.dumps(dict(cells=cells)))
+    assert [o for o in lessons.measure(tmp_path/'lesson.ipynb').broken if 'nothing says' in o] == broken

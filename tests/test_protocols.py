@@ -1,4 +1,7 @@
 "The published figures, on small arrays worked out by hand, and against the published steps written out"
+import json, os
+from pathlib import Path
+
 import cv2, numpy as np, pytest, torch
 from PIL import Image, ImageDraw
 from scipy import ndimage
@@ -41,6 +44,41 @@ def test_chexlocalize_what_does_not_count():
     assert np.isnan([chexlocalize_iou(*o) for o in ((bright, None), (bright, none), (none, LESION), (none, none))]).all()
     assert [chexlocalize_iou(*o, true_positives=False) for o in ((bright, none), (none, LESION))] == [0, 0] and np.isnan(chexlocalize_iou(none, none, False))
     assert np.isnan(chexlocalize_hit(HALF, None)) and np.isnan(chexlocalize_hit(HALF, none))
+
+def runs(text):
+    "The lengths of COCO's runs: 5 bits a character, the low ones first, 32 says that more follow, 16 in the last one that it is negative"
+    lengths, value, shift = [], 0, 0
+    for code in text.encode():
+        code -= 48
+        value += (code & 31) << shift
+        shift += 5
+        if code & 32: continue
+        if code & 16: value -= 1 << shift # two's complement
+        if len(lengths) > 2: value += lengths[-2] # from the fourth run on the difference from the last one of its colour is written
+        lengths.append(value)
+        value = shift = 0
+    return lengths
+
+def drawn(rle):
+    "COCO's mask: runs outside and inside by turns, down the columns"
+    lengths = runs(rle['counts'])
+    return np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(rle['size'], order='F')
+
+def test_runs_worked_out():
+    "3 out, 2 in, 1 out, 4 in, and 2 out: the fourth is 2 more than the second, the fifth 1 more than the third; 50 = 18+32"
+    assert runs('32121') == [3, 2, 1, 4, 2]
+    assert drawn(dict(size=[4, 3], counts='32121')).astype(int).tolist() == [[0, 1, 1], [0, 0, 1], [0, 1, 0], [1, 1, 0]]
+    assert runs('b1') == [50] and not drawn(dict(size=[5, 10], counts='b1')).any()
+    assert runs('0934N') == [0, 9, 3, 13, 1] # N: 30-32 = -2
+
+@pytest.mark.parametrize('name, miou', [('Enlarged Cardiomediastinum', .4623), ('Cardiomegaly', .3662), ('Airspace Opacity', 0), ('Support Devices', .0333)])
+def test_chexlocalize_published_sample(name, miou):
+    "Of each finding one of the two films has a lesion drawn: the mean is the IoU of that one"
+    folder = os.environ.get('DICOMCAM_TEST_CHEXLOCALIZE')
+    if not folder: pytest.skip('DICOMCAM_TEST_CHEXLOCALIZE names no folder `sample` of the repository rajpurkarlab/cheXlocalize')
+    said, truth = (json.loads((Path(folder)/fn).read_text()) for fn in ('gradcam_segmentations_val_sample.json', 'gt_segmentations_val.json'))
+    values = [chexlocalize_iou(drawn(said[film][name]), drawn(truth[film][name])) for film in truth if name in said[film]]
+    assert round(float(np.nanmean(values)), 4) == miou and np.isfinite(values).sum() == 1
 
 @pytest.mark.parametrize('seed', range(6))
 def test_chexlocalize_segmentation_step_by_step(seed):

@@ -279,7 +279,7 @@ def test_froc_of_large_films_and_of_all_thresholds():
     assert len(t) == 60 and t.index[0] == 2 and t.index[-1] == pytest.approx(.002)
     assert t.sensitivity.eq(1).all() and t.fp_healthy[t.index > .2].eq(0).all() and t.fp_healthy.iloc[-1] == 2 and t.fp_film.iloc[-1] == 1.5
 
-@pytest.mark.parametrize('change,match', [(dict(hit='dice'), 'peak, iou, iobb'), (dict(thresholds=[0, 1]), 'above 0'), (dict(masks=[None]*4), 'needs ill films'),
+@pytest.mark.parametrize('change,match', [(dict(hit='dice'), 'peak, iou, iobb'), (dict(thresholds=[0, 1]), 'above 0'), (dict(masks=[None]*4), 'needs films with a lesion'),
                                           (dict(masks=[LESIONS[0] & False, None, None, None]), 'None for a healthy film'), (dict(masks=[LESIONS[0].T, None, None, None]), 'A mask of'),
                                           (dict(maps=[spots()]*4), 'nothing speaks')])
 def test_froc_that_cannot_be(change, match):

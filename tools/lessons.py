@@ -2,8 +2,9 @@
 
 A line a lesson: words, lines of code that a reader sees, minutes (200 words and 15 lines a minute), pictures, and the most lines of
 code between two pictures. Then a line for each limit that a lesson breaks. Exit status 1 if there is one, else 0. What is hidden
-(`#| hide`, `#| include: false`) is not read, nor is an answer that is folded away. Standard library only."""
-import json, re, sys
+(`#| hide`, `#| include: false`) is not read, nor is an answer that is folded away. A name that visible code takes from a hidden
+cell has to be named in the text. Standard library only."""
+import ast, json, re, sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +37,16 @@ def words_of(prose):
 
 def code_of(source): return [o for o in source.splitlines() if o.strip() and not o.startswith('#|')]
 
+def names_of(source):
+    "Names that a cell takes from elsewhere, and names that it makes; what it imports is neither"
+    lines = ['' if o.startswith(('%', '!')) else o for o in source.splitlines()]
+    found = list(ast.walk(ast.parse('\n'.join(lines))))
+    made = {o.name for o in found if isinstance(o, (ast.FunctionDef, ast.ClassDef))}
+    made |= {o.arg for o in found if isinstance(o, ast.arg)}
+    used = {o.id for o in found if isinstance(o, ast.Name) and isinstance(o.ctx, ast.Load)}
+    made |= {o.id for o in found if isinstance(o, ast.Name) and isinstance(o.ctx, ast.Store)}
+    return used, made
+
 def section(prose, title):
     "Text below the heading `title`, up to the next heading"
     found = re.search(rf'^#+ {title}[^\n]*\n(.*?)(?=^#|\Z)', prose, re.M|re.S|re.I)
@@ -45,14 +56,23 @@ def measure(fn):
     "One lesson: its numbers, and the limits it breaks"
     cells = json.loads(fn.read_text(encoding='utf-8'))['cells']
     lesson, since, prose = Lesson(fn.stem), 0, ''
+    told, plumbing = set(), set() # names of visible cells, of hidden ones
     for i, cell in enumerate(cells):
         source = ''.join(cell['source'])
         if cell['cell_type'] == 'markdown':
             prose += source + '\n\n'
             lesson.words += words_of(source)
             drawn = bool(DRAWN.search(source))
-        elif cell['cell_type'] == 'code' and not HIDDEN.search(source):
+        elif cell['cell_type'] == 'code' and HIDDEN.search(source):
+            used, made = names_of(source)
+            plumbing |= made - used # what a test makes smaller is the library's all the same
+            continue
+        elif cell['cell_type'] == 'code':
             code = code_of(source)
+            used, made = names_of(source)
+            told |= made
+            for name in sorted((used & plumbing) - told):
+                if f'`{name}`' not in prose and 'echo: false' not in source: lesson.broken.append(f'cell {i}: nothing says what {name} is')
             lesson.lines += len(code)
             since += len(code)
             drawn = any(kind.startswith('image/') for o in cell.get('outputs', []) for kind in o.get('data', {}))
