@@ -122,6 +122,7 @@ class _Lessons(TrainingCallback):
 class LesionGuide(_Lessons):
     "While it trains, the class activation map is drawn to the lesions that are known on the training side."
     order = 15 # after mixed precision
+    hook = None
 
     def _read(self, items):
         "Images (n, 1, size, size) before augmentation, kept small."
@@ -143,6 +144,10 @@ class LesionGuide(_Lessons):
 
     def _keep(self, layer, given, out): self.act = out
 
+    def _let_go(self):
+        if self.hook: self.hook.remove()
+        self.hook = None
+
     def _some(self, images, which): return images[which].to(self.dls.device).float() # of their type still
 
     def before_batch(self):
@@ -152,11 +157,12 @@ class LesionGuide(_Lessons):
         both = self.augment(both) # one pass, so that the mask moves with the image
         self.drawn = both[:, -1:].as_subclass(Tensor)
         self.learn.xb = (torch.cat([*self.xb, self.rest(both[:, :-1])]),)
+        self._let_go() # of the batch before, if its forward pass failed
         self.hook = self.layer.register_forward_hook(self._keep) # for this pass: whoever interrupts finds none later
 
     def after_pred(self):
         if not self.training: return
-        self.hook.remove()
+        self._let_go()
         self.learn.pred = self.pred[:-len(self.drawn)]
 
     def after_loss(self):

@@ -135,6 +135,17 @@ def test_an_interrupted_training_leaves_no_hook(spots):
     with pytest.raises(KeyboardInterrupt): fit(learn, 1)
     assert not any(o._forward_hooks for o in learn.model.modules())
 
+def test_a_failed_batch_leaves_no_hook_to_the_next_training(spots):
+    path, known = spots
+    learn = learner(path, [LesionGuide(mask_of=known.get)])
+    def fail(module, inp):
+        if module.training: raise RuntimeError('out of memory')
+    handle = learn.model.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match='out of memory'): fit(learn, 1)
+    handle.remove()
+    fit(learn, 1)
+    assert not any(o._forward_hooks for o in learn.model.modules())
+
 def test_dataloaders_of_others_say_so(spots):
     learn = learner(spots[0])
     del learn.dls.setup
