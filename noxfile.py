@@ -28,7 +28,8 @@ def lowest(session):
     # with the fasttransform of that time: fastai before 2.8.11 cannot print a Pipeline of newer ones
     session.install('--resolution', 'lowest-direct', '-e', '.[dev]', 'fasttransform==0.0.2')
     session.run('nbdev-test')
-    session.run('pytest', *session.posargs)
+    # mypy would look at the types of NumPy, pandas and OpenCV of that time
+    session.run('pytest', '--deselect', 'tests/test_house.py::test_style', *session.posargs)
 
 @nox.session(python='3.11')
 def order(session):

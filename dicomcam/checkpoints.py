@@ -188,8 +188,8 @@ def _check_recorder(kept, done):
 def _set_spares(rng):
     "Give what is kept to spare generators, which raise an error where it is no state of theirs."
     for key in 'python', 'loader': random.Random().setstate(rng[key])
+    if not 0 <= rng['numpy'][2] <= 624: raise ValueError('numpy') # which NumPy 1 would not survive
     np.random.RandomState().set_state(rng['numpy'])
-    if not 0 <= rng['numpy'][2] <= 624: raise ValueError('numpy')
     torch.Generator().set_state(rng['torch'])
     if len(rng['cuda']) != torch.cuda.device_count(): raise ValueError('of a machine with other GPUs')
     for i, state in enumerate(rng['cuda']): torch.Generator(f'cuda:{i}').set_state(state)

@@ -307,7 +307,9 @@ def patient_split(
     if strata.value_counts().max() < n: strata[:] = '' # every combination of labels is rarer than folds
     with warnings.catch_warnings(action='ignore', category=UserWarning):
         # scikit-learn warns of combinations of labels that are rarer than folds; each label is looked at below
-        folds = StratifiedGroupKFold(n, shuffle=True, random_state=seed).split(df, strata, df.group)
-        for train, valid in folds:
-            if all(has.iloc[side].any() for has in having.values() for side in (train, valid)): return train, valid
+        for draw in range(10): # another one, where no fold has every class on both sides
+            drawn_by = None if seed is None else (seed+draw) % 2**32
+            folds = StratifiedGroupKFold(n, shuffle=True, random_state=drawn_by)
+            for train, valid in folds.split(df, strata, df.group):
+                if all(has.iloc[side].any() for has in having.values() for side in (train, valid)): return train, valid
     raise ValueError('No split by patient leaves every class on both sides. Add patients, or drop the rarest class.')

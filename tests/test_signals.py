@@ -40,7 +40,8 @@ class World:
         "Names of what should not be there, in no time after the end."
         shm = [o for name in (f'joblib_memmapping_folder_{pid}_*', f'sem.loky-{pid}-*') for o in Path('/dev/shm').glob(name)] # not another process's
         parts = [o for o in self.path.rglob('.*.part')]
-        return [str(o) for o in [*shm, *parts, *(self.path/'tmp').iterdir(), *(self.path/'work').iterdir()]]
+        ours = [o for o in (self.path/'tmp').iterdir() if not any(o.glob('_remote_module_*'))] # torch 2.6 leaves those
+        return [str(o) for o in [*shm, *parts, *ours, *(self.path/'work').iterdir()]]
 
 def ready(p):
     "Wait until the process listens: before that, it is Python that starts, and not yet dicomcam."
