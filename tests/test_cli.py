@@ -88,18 +88,10 @@ def test_what_a_command_reads_stays(folder, tmp_path):
     assert (tmp_path/'m.safetensors').read_bytes() == b'model' and (d/'labels.csv').read_bytes() == labels
 
 def test_demo_on_real_films(xrays, tmp_path):
-    "Eighty of them: a few seconds, and enough for each of its steps"
-    films, boxes = (pd.read_csv(xrays/f'{o}.csv') for o in ('labels', 'boxes'))
-    some = films.groupby('label').head(40)
-    for file in some.file:
-        (tmp_path/'films'/file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(xrays/file, tmp_path/'films'/file)
-    some.to_csv(tmp_path/'films'/'labels.csv', index=False)
-    boxes[boxes.file.isin(some.file)].to_csv(tmp_path/'films'/'boxes.csv', index=False)
-    r = dicomcam('demo', '--data', tmp_path/'films', '--out', tmp_path/'out', *small)
+    r = dicomcam('demo', '--data', xrays, '--out', tmp_path/'out', *small)
     assert r.returncode == 0, r.stderr
-    n = len(patient_split(label_table(tmp_path/'films'))[1]) # a patient is on one side
-    assert 12 <= n <= 20
+    n = len(patient_split(label_table(xrays))[1]) # a patient is on one side: 49 with scikit-learn 1.6, 50 later
+    assert n in (49, 50)
     check(tmp_path/'out', n, ['No Pneumonia', 'Pneumonia'])
 
 def test_demo_with_three_classes_and_names_that_hold_nan(folder, tmp_path):

@@ -73,9 +73,9 @@ def test_weighted_curves_are_scikit_learns(seed):
 
 def test_intervals_are_scipys(scores):
     p, y = scores
-    r, rng = evaluate(frame(p, y), n_resamples=2000), np.random.default_rng(5)
-    assert r['auc'] == evaluate(frame(p, y), n_resamples=2000)['auc'] != evaluate(frame(p, y), n_resamples=2000, seed=1)['auc']
-    def ci(f, *data): return bootstrap(data, f, paired=True, vectorized=False, n_resamples=2000, method='percentile', rng=rng).confidence_interval
+    r, rng = evaluate(frame(p, y), n_resamples=4000), np.random.default_rng(5)
+    assert r['auc'] == evaluate(frame(p, y), n_resamples=4000)['auc'] != evaluate(frame(p, y), n_resamples=4000, seed=1)['auc']
+    def ci(f, *data): return bootstrap(data, f, paired=True, vectorized=False, n_resamples=4000, method='percentile', rng=rng).confidence_interval
     for k, f in dict(auc=sk.roc_auc_score, average_precision=sk.average_precision_score, brier=sk.brier_score_loss).items():
         assert (r[k]['low'], r[k]['high']) == pytest.approx(tuple(ci(f, y, p)), abs=.015), k
     assert (r['accuracy']['low'], r['accuracy']['high']) == pytest.approx(tuple(ci(sk.accuracy_score, y, p >= .5)), abs=.015)

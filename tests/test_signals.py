@@ -1,6 +1,6 @@
 """Every command is stopped at moments drawn at random: the right status, at most one line, nothing left of it.
 
-DICOMCAM_SIGNALS: how many moments (8); DICOMCAM_SEED: which (0). Moments are shares of how long the command takes here."""
+DICOMCAM_SIGNALS: how many moments (12); DICOMCAM_SEED: which (0). Moments are shares of how long the command takes here."""
 import os, random, signal, subprocess, sys, time
 from itertools import cycle
 from pathlib import Path
@@ -100,7 +100,7 @@ def test_a_signal_at_any_moment(tmp_path):
     assert train.communicate() and train.returncode == 0
     ways, wrong = cycle(WAYS), []
     for name in world.commands: wrong += stopped_at(world, name, next(ways), None) # as it ends; and how long does it take?
-    for _, name in zip(range(int(os.environ.get('DICOMCAM_SIGNALS', 8))-len(world.commands)), cycle(world.commands)):
+    for _, name in zip(range(int(os.environ.get('DICOMCAM_SIGNALS', 12))-len(world.commands)), cycle(world.commands)):
         wrong += stopped_at(world, name, rng.choice(list(WAYS)), rng.random())
     assert wrong == [], '\n'.join(wrong)
 

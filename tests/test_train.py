@@ -309,13 +309,13 @@ def test_cache_on_a_full_disk(folder, cache, monkeypatch):
     assert x.shape == (1, 48, 48) and not [o for o in cache.root.rglob('*') if o.is_file()]
 
 def test_cache_shared_by_processes(folder, cache):
-    "Three processes fill the same folder at once, one of them is killed; nobody sees half a file"
+    "Four processes fill the same folder at once, one of them is killed; nobody sees half a file"
     code = f"import sys; from dicomcam.train import *; c = ImageCache(48, folder={str(cache.root)!r}); print(c.fill(label_table({str(folder)!r}).file.tolist()), flush=True)"
-    ps = [subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    ps = [subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True) for _ in range(4)]
     while not list(cache.root.rglob('*')) and ps[0].poll() is None: time.sleep(.01)
     ps[0].kill()
     ps[0].communicate()
-    assert [p.communicate()[0].strip() for p in ps[1:]] == ['{}']*2
+    assert [p.communicate()[0].strip() for p in ps[1:]] == ['{}']*3
     plain = ImageCache(48, folder=False)
     for o in label_table(folder).file: assert torch.equal(cache(o), plain(o))
 
